@@ -1,0 +1,66 @@
+"""Which models timm has, known without importing timm: its list is made once per version, in a process of its own.
+
+The list lies in the user's cache folder. Where timm is not installed there is no list, and nothing is checked here.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from launcher.errors import UserError, nearest
+
+_LIST = """
+import json, timm
+def facts(name):
+    cfg = timm.get_pretrained_cfg(name)
+    return {"size": cfg.input_size[-1], "fixed": bool(cfg.fixed_input_size), "weights": bool(cfg.has_weights)}
+print(json.dumps({name: facts(name) for name in timm.list_models()}))
+"""
+
+
+def cache_folder() -> Path:
+    """Where things that can be made again are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "raylaunch"
+
+
+def model_facts(name: str) -> dict[str, Any]:
+    """`{"size": pixels, "fixed": bool, "weights": bool}` of a timm model; empty without timm.
+
+    Raises `UserError` with the nearest name when timm has no such model.
+    """
+    models = _models()
+    bare = name.partition(".")[0]
+    if models and bare not in models:
+        close = nearest(bare, models)
+        raise UserError(f"timm has no model {name}" + (f"; {close}" if close else ""), where="model.name",
+                        hint="python -c 'import timm; print(*timm.list_models(), sep=\"\\n\")' lists all")  # fmt: skip
+    return models.get(bare, {})
+
+
+def _models() -> dict[str, Any]:
+    try:
+        version = importlib.metadata.version("timm")
+    except importlib.metadata.PackageNotFoundError:
+        return {}
+    path = cache_folder() / f"timm-{version}.json"
+    models: dict[str, Any]
+    try:
+        models = json.loads(path.read_text())
+    except (OSError, ValueError):
+        listed = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", _LIST], capture_output=True, text=True, check=False
+        )
+        if listed.returncode:
+            return {}
+        models = json.loads(listed.stdout)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}")
+        temporary.write_text(listed.stdout)
+        temporary.replace(path)
+    return models

@@ -1,0 +1,240 @@
+"""The command line: what is typed becomes calls, what goes wrong becomes one message and an exit code.
+
+Everything beyond click is imported by the command that needs it, so that help is instant.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from launcher import __version__, manage
+from launcher.errors import Exit, LaunchError, UserError
+
+if TYPE_CHECKING:
+    from launcher.plan import Plan
+    from launcher.runs import Run
+    from launcher.specfile import Draft
+
+FLAGS = {
+    "name": ("--name", str, "Name of the run."),
+    "data.uri": ("--data", str, "Folder, s3:// prefix, manifest, or sample://digits."),
+    "data.image_size": ("--image-size", int, "Side of the model's input, in pixels."),
+    "model.name": ("--model", str, "Any timm CNN."),
+    "model.pretrained": ("--pretrained", str, "hub, none, or a weights file."),
+    "train.epochs": ("--epochs", int, "Passes over the training images."),
+    "train.batch_size": ("--batch-size", int, "Images per step, over all workers."),
+    "train.precision": ("--precision", str, "fp32, bf16 or fp16."),
+    "train.seed": ("--seed", int, "Seed of every random choice."),
+    "optim.lr": ("--lr", float, "Peak learning rate."),
+    "resources.workers": ("--workers", int, "Number of workers."),
+}
+"""Spec fields that have a flag of their own; every other field is reached by --set."""
+
+
+class Commands(click.Group):
+    """`launch …` without a command is `launch run …`, and errors are told the same way everywhere."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        first = args[0] if args else ""
+        if first and first not in self.commands and first not in ("--help", "-h", "--version"):
+            if (
+                not first.startswith("-")
+                and not Path(first).exists()
+                and not first.endswith((".yaml", ".yml", ".json"))
+            ):
+                close = difflib.get_close_matches(first, self.commands, 1)
+                raise click.UsageError(
+                    f"there is no command or spec file {first!r}"
+                    + (f"; did you mean `launch {close[0]}`?" if close else "; `launch --help` lists the commands"), ctx,
+                )  # fmt: skip
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except LaunchError as error:
+            _fail(error)
+        except BrokenPipeError:
+            # The reader of a pipe (head, less) went away: not an error of ours, and nothing more can be said.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(Exit.DONE)
+        except (click.ClickException, click.exceptions.Exit, click.Abort, KeyboardInterrupt):
+            raise
+        except Exception as error:
+            _bug(error)
+
+
+def _fail(error: LaunchError) -> NoReturn:
+    where = f"{error.where}: " if error.where else ""
+    click.echo(f"{click.style('error', fg='red', bold=True)}: {where}{error.what}", err=True)
+    if error.hint:
+        click.echo(f"{click.style('next', bold=True)}:  {error.hint}", err=True)
+    sys.exit(error.exit_code)
+
+
+def _bug(error: Exception) -> NoReturn:
+    import tempfile
+    import traceback
+
+    with tempfile.NamedTemporaryFile("w", prefix="raylaunch-", suffix=".txt", delete=False) as file:
+        file.write("".join(traceback.format_exception(error)))
+    click.echo(f"error: a bug in raylaunch: {type(error).__name__}: {error}", err=True)
+    click.echo(f"next:  please report it with {file.name}; runs that were started go on", err=True)
+    sys.exit(Exit.BUG)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="launch")
+def main() -> None:
+    """Fine-tune an image classifier with one command: launch --data FOLDER.
+
+    `launch [OPTIONS] [SPEC.yaml]` is short for `launch run`.
+    """
+
+
+def _spec_flags(*keys: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Adds the flags of some spec fields, and --set."""
+
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        command = click.option("--set", "sets", multiple=True, metavar="FIELD=VALUE",
+                               help="Any field of the spec (launch schema lists them).")(command)  # fmt: skip
+        for key in reversed(keys or tuple(FLAGS)):
+            flag, kind, text = FLAGS[key]
+            command = click.option(flag, key.replace(".", "__"), type=kind, help=text)(command)
+        return command
+
+    return add
+
+
+@main.command()
+@click.argument("spec_file", required=False, metavar="[SPEC.yaml]")
+@_spec_flags()
+@click.option("--cluster", default="local", help="Pool to run on.", show_default=True)
+@manage.storage_option
+@click.option("--dry-run", is_flag=True, help="Say what would be done and why; print the whole spec; start nothing.")
+@click.option("-d", "--detach", is_flag=True, help="Return as soon as the run has started.")
+@manage.output_option
+def run(
+    spec_file: str | None, cluster: str, storage: str | None, dry_run: bool, detach: bool, output: str,
+    sets: tuple[str, ...], **flags: Any,
+) -> None:  # fmt: skip
+    """Fine-tune a model, here or on a pool, and watch it."""
+    from launcher import pools
+    from launcher.preflight import prepare
+    from launcher.specfile import Draft
+
+    draft = Draft()
+    if spec_file:
+        draft.read(Path(spec_file))
+    _take(draft, flags, sets)
+    if storage:
+        draft.put("storage", storage, "--storage")
+    pool = pools.find_pool(cluster)
+    plan, index = prepare(draft, pool)
+    here = _run_of(plan)
+    if dry_run:
+        _print_dry_run(plan, here, output)
+        return
+    _show_plan(plan, here)
+    here.create(plan.spec, plan.to_json())
+    if index is not None:
+        index.save(here.store)
+    _start(here, pool.name, detach, output)
+
+
+def _take(draft: Draft, flags: dict[str, Any], sets: tuple[str, ...]) -> None:
+    for key, value in flags.items():
+        if value is not None:
+            dotted = key.replace("__", ".")
+            draft.put(dotted, value, FLAGS[dotted][0])
+    for text in sets:
+        draft.assign(text)
+
+
+def _run_of(plan: Plan) -> Run:
+    from launcher.runs import Run
+
+    return Run(plan.spec.storage or "", plan.spec.name or "")
+
+
+def _show_plan(plan: Plan, here: Run) -> None:
+    from launcher import show
+
+    show.plan_table(plan, here.uri, manage.console(), every=False)
+
+
+def _print_dry_run(plan: Plan, here: Run, output: str) -> None:
+    import yaml
+
+    from launcher import show
+
+    show.plan_table(plan, here.uri, manage.console(), every=True)
+    if output == "json":
+        click.echo(json.dumps(plan.to_json(), indent=1))
+    else:
+        click.echo(yaml.safe_dump(plan.spec.model_dump(mode="json"), sort_keys=False), nl=False)
+
+
+def _start(here: Run, pool: str, detach: bool, output: str) -> None:
+    from launcher.backends import backend
+
+    engine = backend(pool)
+    engine.submit(here)
+    if detach:
+        click.echo(f"{here.name} is running; launch attach {here.name}{manage.storage_hint(here)} watches it", err=True)
+        if output == "json":
+            click.echo(json.dumps(manage.summary(here, engine.status(here)), indent=1))
+        return
+    manage.watch(here, engine, output)
+
+
+@main.command()
+@manage.name_argument
+@_spec_flags("train.epochs", "resources.workers")
+@click.option("-d", "--detach", is_flag=True, help="Return as soon as the run has started.")
+@manage.storage_option
+@manage.output_option
+def resume(name: str, detach: bool, storage: str | None, output: str, sets: tuple[str, ...], **flags: Any) -> None:
+    """Go on with a run from its last checkpoint, or make a finished one longer."""
+    from launcher import pools
+    from launcher.backends import backend
+    from launcher.preflight import prepare_resume
+    from launcher.specfile import Draft
+
+    here = manage.find_run(storage, name)
+    engine = backend("local")
+    state = engine.status(here)
+    if not state.status.final:
+        raise UserError(f"{name} is {state.status.lower()}", where=here.uri, hint=f"launch attach {name}")
+    draft = Draft()
+    _take(draft, flags, sets)
+    pool = pools.find_pool("local")
+    plan, changes = prepare_resume(here, draft, pool)
+    if state.status.name == "SUCCEEDED" and (plan.spec.train.epochs or 0) <= len(here.metrics().get("epochs", [])):
+        raise UserError(f"{name} has finished", where=here.uri, hint=f"launch resume {name} --epochs N makes it longer")
+    for key, (before, after) in changes.items():
+        click.echo(f"changed  {key}: {before} -> {after}", err=True)
+    if changes:
+        here.set_spec(plan.spec, plan.to_json())
+    _start(here, pool.name, detach, output)
+
+
+@main.command()
+def schema() -> None:
+    """Print the JSON schema of the spec, for editors and for reading."""
+    from launcher.spec import Spec
+
+    click.echo(json.dumps(Spec.model_json_schema(), indent=1))
+
+
+for _command in manage.COMMANDS:
+    main.add_command(_command)

@@ -1,0 +1,288 @@
+"""The commands on runs that exist: list, status, attach, logs, cancel, report, predict, rm.
+
+What these need is in the run directory; none of them trains, and none but `predict` needs the train extra.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from launcher.errors import Exit, NotFinishedError, SiteError, UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from launcher.backends import Backend
+    from launcher.runs import Run, State
+
+storage_option = click.option(
+    "--storage", help="Folder or s3:// prefix of the runs.  [default: $RAYLAUNCH_STORAGE or ~/raylaunch]"
+)
+output_option = click.option("-o", "--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
+name_argument = click.argument("name", shell_complete=lambda ctx, _param, part: _complete(ctx, part))
+
+
+def console() -> Console:
+    """The console for people; what scripts read goes to stdout instead."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False)
+
+
+def watch(here: Run, engine: Backend, output: str) -> NoReturn:
+    """Shows the run to its end and exits with its code; Ctrl-C leaves it running."""
+    from launcher import show
+    from launcher.errors import from_record
+
+    out = console()
+    try:
+        state = show.Viewer(here, engine, out).watch()
+    except KeyboardInterrupt:
+        name = f"{here.name}{storage_hint(here)}"
+        out.print(f"detached; {here.name} goes on", soft_wrap=True)
+        out.print(f"  next    launch attach {name} comes back, launch cancel {name} stops it", soft_wrap=True)
+        sys.exit(Exit.INTERRUPTED)
+    if output == "json":
+        click.echo(json.dumps(summary(here, state), indent=1))
+    show.end(here, state, out)
+    sys.exit(from_record(state.error).exit_code if state.error else state.status.exit_code)
+
+
+def storage_hint(here: Run) -> str:
+    """The option that other commands need to find the run, if it does not lie in the default place."""
+    return "" if here.storage == _where(None) else f" --storage {here.storage}"
+
+
+def summary(here: Run, state: State) -> dict[str, Any]:
+    """The run as `-o json` shows it."""
+    document = {"name": here.name, "uri": here.uri, **asdict(state)}
+    if state.status.name == "SUCCEEDED":
+        document |= {"report": f"{here.uri}/report.html", "model": f"{here.uri}/model"}
+    return document
+
+
+def find_run(storage: str | None, name: str) -> Run:
+    """The run of that name, or `NotFoundError`."""
+    from launcher.runs import find
+
+    return find(_where(storage), name)
+
+
+def _where(storage: str | None) -> str:
+    from launcher.preflight import whole
+    from launcher.runs import default_storage
+
+    return whole(storage or default_storage())
+
+
+def _complete(ctx: click.Context, part: str) -> list[str]:
+    from launcher.runs import all_runs
+
+    return [item.name for item in all_runs(_where(ctx.params.get("storage"))) if item.name.startswith(part)]
+
+
+@click.command("list")
+@storage_option
+@output_option
+def list_(storage: str | None, output: str) -> None:
+    """Show all runs."""
+    from launcher.backends import backend
+
+    where = _where(storage)
+    rows = sorted(backend("local").list(where), key=lambda pair: -pair[1].created)
+    if output == "json":
+        click.echo(json.dumps([summary(*row) for row in rows], indent=1))
+    elif not rows:
+        click.echo(f"no runs in {where}; launch --data sample://digits makes the first", err=True)
+    else:
+        from rich.console import Console
+
+        from launcher import show
+
+        show.runs_table(rows, Console(highlight=False))
+
+
+@click.command()
+@name_argument
+@storage_option
+@output_option
+def status(name: str, storage: str | None, output: str) -> None:
+    """Show where a run stands, and why."""
+    from launcher.backends import backend
+
+    here = find_run(storage, name)
+    state = backend("local").status(here)
+    if output == "json":
+        epochs = here.metrics().get("epochs", [])
+        click.echo(json.dumps({**summary(here, state), "epochs": epochs}, indent=1))
+    else:
+        from rich.console import Console
+
+        from launcher import show
+
+        show.status_text(here, state, Console(highlight=False))
+
+
+@click.command()
+@name_argument
+@storage_option
+@output_option
+def attach(name: str, storage: str | None, output: str) -> None:
+    """Watch a run; Ctrl-C leaves it running."""
+    from launcher.backends import backend
+
+    watch(find_run(storage, name), backend("local"), output)
+
+
+@click.command()
+@name_argument
+@click.option("-f", "--follow", is_flag=True, help="Wait for new lines until the run is over.")
+@click.option("--rank", type=int, help="Only this worker's log.")
+@click.option("--tail", type=click.IntRange(0), help="Begin with the last N lines.")
+@storage_option
+def logs(name: str, follow: bool, rank: int | None, tail: int | None, storage: str | None) -> None:
+    """Print the logs of a run."""
+    import time
+    from collections import deque
+
+    from launcher.backends import backend
+
+    here = find_run(storage, name)
+    engine = backend("local")
+    only = "" if rank is None else f"rank-{rank}"
+    if only and not any(here.store.list(f"logs/{only}.log")):
+        known = sorted({entry.key.removeprefix("logs/").partition(".log")[0] for entry in here.store.list("logs/")})
+        raise UserError(
+            f"there is no log of rank {rank}", where=here.uri, hint=f"logs: {', '.join(known) or 'none yet'}"
+        )
+    lines = engine.logs(here, only)
+    first: deque[str] = deque(maxlen=tail)
+    prefix = "" if only else "[{}] "
+    try:
+        for source, line in lines:
+            if source:
+                first.append(prefix.format(source) + line)
+                continue
+            break
+        for text in first:
+            click.echo(text)
+        if follow:
+            for source, line in lines:
+                if source:
+                    click.echo(prefix.format(source) + line)
+                else:
+                    sys.stdout.flush()
+                    time.sleep(0.5)
+    except KeyboardInterrupt:
+        sys.exit(Exit.INTERRUPTED)
+    if follow:
+        sys.exit(engine.status(here).status.exit_code)
+
+
+@click.command()
+@name_argument
+@click.option("--force", is_flag=True, help="Kill it; what came after the last checkpoint is lost.")
+@storage_option
+def cancel(name: str, force: bool, storage: str | None) -> None:
+    """Stop a run after a last checkpoint; `launch resume` goes on from there."""
+    import time
+
+    from launcher.backends import backend
+
+    here = find_run(storage, name)
+    engine = backend("local")
+    state = engine.status(here)
+    if state.status.final:
+        click.echo(f"{name} is over already: {state.status}", err=True)
+        return
+    engine.cancel(here, force=force)
+    click.echo(f"{name}: stopping" + ("" if force else " after a checkpoint (--force does not wait for it)"), err=True)
+    try:
+        while not state.status.final:
+            time.sleep(0.3)
+            state = engine.status(here)
+    except KeyboardInterrupt:
+        click.echo(f"not waiting; launch status {name} shows the end", err=True)
+        sys.exit(Exit.INTERRUPTED)
+    click.echo(
+        f"{name}: {state.status}; launch resume {name} goes on from step {max(here.latest_step(), 0):,}", err=True
+    )
+
+
+@click.command()
+@name_argument
+@click.option("--open", "open_", is_flag=True, help="Open it in the browser.")
+@storage_option
+def report(name: str, open_: bool, storage: str | None) -> None:
+    """Write the report of a run anew, and say where it is."""
+    from trainers import report as page
+
+    here = find_run(storage, name)
+    uri = page.write(here)
+    click.echo(uri)
+    if open_:
+        if uri.startswith("s3://"):
+            import tempfile
+
+            folder = tempfile.mkdtemp(prefix="raylaunch-")
+            here.store.download("report.html", Path(folder) / "report.html")
+            uri = f"{folder}/report.html"
+        click.launch(uri)
+
+
+@click.command()
+@click.argument("model")
+@click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
+@click.option("--top", type=click.IntRange(1), default=1, show_default=True, help="Classes to show for each image.")
+@storage_option
+@output_option
+def predict(model: str, images: tuple[str, ...], top: int, storage: str | None, output: str) -> None:
+    """Classify images with the MODEL of a run (its name), or of a model folder (its path)."""
+    from launcher.storage import open_store
+
+    store = open_store(model) if "/" in model or Path(model).is_dir() else find_run(storage, model).store.child("model")
+    try:
+        from trainers.predict import Predictor
+    except ModuleNotFoundError as error:
+        raise SiteError(f"predicting needs {error.name}", hint="pip install 'raylaunch[train]'") from None
+    try:
+        predictor = Predictor(store)
+    except FileNotFoundError:
+        raise NotFinishedError("there is no model here yet", where=store.uri,
+                               hint=f"launch status {model}, or give the path of a model folder") from None  # fmt: skip
+    rows = list(predictor.predict([Path(image) for image in images], top))
+    if output == "json":
+        click.echo(json.dumps(rows, indent=1))
+    else:
+        for row in rows:
+            answers = "  ".join(f"{item['label']} {item['probability']:.1%}" for item in row.get("classes", []))
+            click.echo(f"{row['image']}  {answers}" if answers else f"{row['image']}  cannot be read: {row['error']}")
+    if any("error" in row for row in rows):
+        sys.exit(Exit.FAILED)
+
+
+@click.command()
+@name_argument
+@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+@storage_option
+def rm(name: str, yes: bool, storage: str | None) -> None:
+    """Delete a run that is over, with its checkpoints, model and report."""
+    from launcher.backends import backend
+
+    here = find_run(storage, name)
+    if not yes:
+        if not sys.stdin.isatty():
+            raise UserError("there is no terminal to ask on", where="launch rm", hint=f"launch rm {name} --yes")
+        click.confirm(f"delete {here.uri} with its checkpoints and model?", abort=True)
+    backend("local").delete(here)
+    click.echo(f"{name} is deleted", err=True)
+
+
+COMMANDS = (list_, status, attach, logs, cancel, report, predict, rm)

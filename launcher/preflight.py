@@ -1,0 +1,92 @@
+"""What is found out before anything starts: where things are, what the data holds, and so what the plan is.
+
+It reads the spec's data and the machine; it writes nothing and starts nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launcher import catalog
+from launcher.errors import UserError
+from launcher.plan import Plan, resolve
+from launcher.pools import Pool
+from launcher.runs import Run, default_storage
+from launcher.spec import RESUMABLE, Spec, resumable
+from launcher.specfile import Draft
+
+if TYPE_CHECKING:
+    from trainers.data.index import Index
+
+
+def whole(place: str) -> str:
+    """A folder as an absolute path; an address (`s3://…`) as it is."""
+    return place if "://" in place else os.path.abspath(os.path.expanduser(place))
+
+
+def prepare(draft: Draft, pool: Pool) -> tuple[Plan, Index | None]:
+    """The plan for a new run, and the index it was made from (None for a sample, which the driver indexes)."""
+    spec = _with_whole_places(draft.spec())
+    index, facts = _look_at_data(spec)
+    defaults = {"name": _new_name(spec.data.uri), "storage": whole(default_storage())}
+    plan = resolve(spec, pool, facts=facts, given=draft.origin, defaults=defaults, model_facts=catalog.model_facts)
+    weights = plan.spec.model.pretrained or "none"
+    if weights not in ("hub", "none") and "://" not in weights and not Path(weights).is_file():
+        raise UserError("there is no such weights file", where=f"model.pretrained {weights}",
+                        hint="--pretrained hub, none, or a .safetensors or .pth file")  # fmt: skip
+    return plan, index
+
+
+def prepare_resume(run: Run, draft: Draft, pool: Pool) -> tuple[Plan, dict[str, tuple[Any, Any]]]:
+    """The plan for going on with `run` under the changes in `draft`, and what they are: (before, after) by field.
+
+    Raises `UserError` for a change that would alter what was trained already.
+    """
+    old = run.spec().flat()
+    given = dict(draft.origin)
+    draft.values = old | draft.values
+    if "resources.workers" in given and "resources.cpus_per_worker" not in given:
+        draft.values["resources.cpus_per_worker"] = None
+    plan = resolve(draft.spec(), pool, facts=run.plan().get("facts", {}), given=given,
+                   defaults={"name": run.name, "storage": run.storage}, model_facts=catalog.model_facts)  # fmt: skip
+    new = plan.spec.flat()
+    changes = {key: (old[key], new[key]) for key in new if old[key] != new[key]}
+    refused = [key for key in changes if not resumable(key)]
+    if refused:
+        lines = "\n".join(f"  {key}: {old[key]} -> {new[key]}" for key in refused)
+        raise UserError(f"a resumed run cannot change this:\n{lines}", where=given.get(refused[0], refused[0]),
+                        hint=f"launch a new run, or change only: {', '.join(RESUMABLE)}")  # fmt: skip
+    if new["train.epochs"] < old["train.epochs"]:
+        raise UserError(f"a run cannot become shorter: {old['train.epochs']} -> {new['train.epochs']} epochs",
+                        where=given.get("train.epochs", "train.epochs"), hint="launch a new run")  # fmt: skip
+    return plan, changes
+
+
+def _with_whole_places(spec: Spec) -> Spec:
+    """The run may be resumed from another folder, so paths do not depend on this one."""
+    places = {"data.uri": spec.data.uri, "storage": spec.storage, "model.pretrained": spec.model.pretrained}
+    return spec.updated({key: whole(place) for key, place in places.items() if place and place not in ("hub", "none")})
+
+
+def _look_at_data(spec: Spec) -> tuple[Index | None, dict[str, Any]]:
+    if spec.data.uri.startswith("sample://") and spec.data.classes is None:
+        from trainers.data.sample import sample_facts
+
+        return None, sample_facts(spec.data.uri.removeprefix("sample://"), spec.data.val_fraction)
+    from trainers.data.index import build_index
+
+    index = build_index(spec.data)
+    return index, index.facts()
+
+
+def _new_name(uri: str) -> str:
+    """A name from the data's own and the time: unique enough, and short enough to type."""
+    last = uri.rstrip("/").rpartition("/")[2].partition(".")[0].lower()
+    slug = re.sub(r"[^a-z0-9]+", "-", last).strip("-")[:24].strip("-")
+    if not slug[:1].isalpha():
+        slug = f"run-{slug}".rstrip("-")
+    return f"{slug}-{datetime.now():%m%d-%H%M%S}"

@@ -1,0 +1,337 @@
+"""The run directory `<storage>/<run>/`: the only state there is, and how it is read and written.
+
+Any machine that reaches the storage can list, watch, cancel, resume and report a run from this alone. This module
+knows the names and shapes of the files; it starts nothing and trains nothing.
+
+    spec.json          the resolved spec; its creation decides who owns the name
+    plan.json          what was planned, and why each value was chosen
+    index.parquet      the list of samples
+    data_report.json   images that could not be read
+    state.json         where the run stands (State)
+    lease.json         who drives it, and when that was last confirmed
+    cancel.json        a request to stop
+    attempts/0001.json one life of the run
+    events.jsonl       what happened to the run: attempts, retries, states
+    progress.jsonl     what the training does: steps and epochs
+    metrics.json, metrics.csv, predictions.parquet
+    logs/              driver.log, rank-0.log, ...
+    checkpoints/       step-00000000/ ..., each whole only with its manifest.json
+    model/             what `launch predict` needs
+    report.html
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from launcher.errors import Exit, NotFoundError, SiteError, UserError, nearest
+from launcher.spec import Spec, valid_name
+from launcher.storage import Cursor, Store, open_store
+
+SCHEMA = 1
+LEASE_SECONDS = 60.0
+"""A lease that was not confirmed for this long no longer counts."""
+
+
+class Status(StrEnum):
+    """Where a run stands. PENDING, STARTING, RUNNING, RECOVERING and CANCELLING are not final."""
+
+    PENDING = "PENDING"
+    STARTING = "STARTING"
+    RUNNING = "RUNNING"
+    RECOVERING = "RECOVERING"
+    CANCELLING = "CANCELLING"
+    INTERRUPTED = "INTERRUPTED"
+    SUCCEEDED = "SUCCEEDED"
+    FAILED = "FAILED"
+    CANCELLED = "CANCELLED"
+
+    @property
+    def final(self) -> bool:
+        return self in (Status.SUCCEEDED, Status.FAILED, Status.CANCELLED, Status.INTERRUPTED)
+
+    @property
+    def exit_code(self) -> Exit:
+        """What `launch` exits with when it watched the run to here."""
+        ends = {Status.SUCCEEDED: Exit.DONE, Status.CANCELLED: Exit.CANCELLED, Status.FAILED: Exit.FAILED,
+                Status.INTERRUPTED: Exit.FAILED}  # fmt: skip
+        return ends.get(self, Exit.NOT_FINISHED)
+
+
+@dataclass(frozen=True)
+class State:
+    """The content of state.json. Times are Unix seconds."""
+
+    status: Status
+    reason: str = ""
+    attempt: int = 0
+    created: float = 0.0
+    started: float | None = None
+    ended: float | None = None
+    error: dict[str, str] | None = None
+    result: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Owner:
+    """The process that drives a run, told apart from any later one with the same number."""
+
+    host: str
+    boot: str
+    pid: int
+    started: float
+
+    @classmethod
+    def me(cls) -> Owner:
+        import psutil
+
+        return cls(socket.gethostname(), boot_id(), os.getpid(), psutil.Process().create_time())
+
+    def here(self) -> bool:
+        """Whether that process would be on this machine."""
+        return self.host == socket.gethostname()
+
+    def alive(self) -> bool:
+        """Whether that process still runs; only an answer if `here`."""
+        import psutil
+
+        if self.boot != boot_id():
+            return False
+        try:
+            process = psutil.Process(self.pid)
+            return abs(process.create_time() - self.started) < 1 and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+
+
+def boot_id() -> str:
+    """A text that changes with each boot of this machine."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        import psutil
+
+        return f"{psutil.boot_time():.0f}"
+
+
+def default_storage() -> str:
+    """Where runs lie when nothing else is said."""
+    return os.environ.get("RAYLAUNCH_STORAGE") or str(Path.home() / "raylaunch")
+
+
+class Run:
+    """One run directory."""
+
+    def __init__(self, storage: str, name: str) -> None:
+        self.storage = storage
+        self.name = name
+        self.store: Store = open_store(storage).child(name)
+
+    @classmethod
+    def at(cls, uri: str) -> Run:
+        """The run whose directory is `uri`."""
+        storage, _, name = uri.rstrip("/").rpartition("/")
+        return cls(storage, name)
+
+    @property
+    def uri(self) -> str:
+        return self.store.uri
+
+    # -- what it is
+
+    def create(self, spec: Spec, plan: dict[str, Any]) -> None:
+        """Takes the name; of two that try, one gets `UserError`."""
+        if not self.store.create("spec.json", _pretty(spec.model_dump(mode="json"))):
+            raise UserError(
+                f"there is a run named {self.name} already", where=self.uri,
+                hint=f"launch resume {self.name}, or choose another --name (launch rm {self.name} deletes it)",
+            )  # fmt: skip
+        self.store.write("plan.json", _pretty(plan))
+        self.set_state(State(Status.PENDING, created=time.time()))
+
+    def exists(self) -> bool:
+        return self._json("spec.json") is not None
+
+    def spec(self) -> Spec:
+        document = self._json("spec.json")
+        if document is None:
+            raise self._missing()
+        return Spec.model_validate_json(json.dumps(document))
+
+    def set_spec(self, spec: Spec, plan: dict[str, Any]) -> None:
+        """Replaces the spec of a run that is resumed with allowed changes."""
+        self.store.write("plan.json", _pretty(plan))
+        self.store.write("spec.json", _pretty(spec.model_dump(mode="json")))
+
+    def plan(self) -> dict[str, Any]:
+        return self._json("plan.json") or {}
+
+    # -- where it stands
+
+    def state(self) -> State:
+        """state.json as it was last written; `status` also asks whether somebody still drives the run."""
+        document = self._json("state.json")
+        if document is None:
+            if not self.exists():
+                raise self._missing()
+            return State(Status.PENDING, reason="nothing has started yet")
+        document.pop("schema", None)
+        return State(**{**document, "status": Status(document["status"])})
+
+    def set_state(self, state: State) -> None:
+        self.store.write("state.json", _pretty({"schema": SCHEMA, **asdict(state)}))
+
+    def update(self, **changes: Any) -> State:
+        """Writes the state with some of its fields changed."""
+        state = replace(self.state(), **changes)
+        self.set_state(state)
+        return state
+
+    def owner(self) -> Owner | None:
+        """Who drives the run now, or None if nobody does."""
+        lease = self._json("lease.json")
+        if lease is None:
+            return None
+        owner = Owner(**lease["owner"])
+        alive = owner.alive() if owner.here() else time.time() - lease["confirmed"] < LEASE_SECONDS
+        return owner if alive else None
+
+    def hold(self, owner: Owner) -> None:
+        """Confirms the lease; call it well within `LEASE_SECONDS`."""
+        self.store.write("lease.json", _pretty({"owner": asdict(owner), "confirmed": time.time()}))
+
+    def release(self) -> None:
+        self.store.delete("lease.json")
+
+    def begin_attempt(self, about: dict[str, Any]) -> int:
+        """Takes the next attempt's number; a second driver that tries at the same time gets another error."""
+        number = len(list(self.store.list("attempts/"))) + 1
+        if not self.store.create(f"attempts/{number:04d}.json", _pretty({"began": time.time(), **about})):
+            raise UserError(f"attempt {number} of {self.name} was begun elsewhere", where=self.uri,
+                            hint=f"launch status {self.name}")  # fmt: skip
+        return number
+
+    def request_cancel(self, *, force: bool = False) -> None:
+        """Asks whoever drives the run to save and stop, or with `force` to kill it."""
+        self.store.write("cancel.json", _pretty({"time": time.time(), "force": force}))
+
+    def cancel_requested(self) -> bool:
+        return self._json("cancel.json") is not None
+
+    def clear_cancel(self) -> None:
+        self.store.delete("cancel.json")
+
+    # -- what it left
+
+    def metrics(self) -> dict[str, Any]:
+        """metrics.json: {"epochs": [one dict per epoch], "final": {...}}; empty before the first epoch ends."""
+        return self._json("metrics.json") or {}
+
+    def write_json(self, key: str, document: Any) -> None:
+        self.store.write(key, _pretty(document))
+
+    def read_json(self, key: str) -> Any:
+        """The document, or None if there is none."""
+        return self._json(key)
+
+    def latest_step(self) -> int:
+        """Step of the newest whole checkpoint, or -1."""
+        steps = [
+            int(entry.key.split("/")[1].removeprefix("step-"))
+            for entry in self.store.list("checkpoints/step-")
+            if entry.key.endswith("/manifest.json")
+        ]
+        return max(steps, default=-1)
+
+    def delete(self) -> None:
+        """Removes everything; spec.json goes last, so an interrupted removal is still found."""
+        for entry in list(self.store.list()):
+            if entry.key != "spec.json":
+                self.store.delete(entry.key)
+        self.store.delete("spec.json")
+
+    def _json(self, key: str) -> Any:
+        try:
+            return json.loads(self.store.read(key))
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise SiteError(f"the file is damaged: {error}", where=f"{self.uri}/{key}",
+                            hint="restore it, or delete the run") from error  # fmt: skip
+
+    def _missing(self) -> NotFoundError:
+        close = nearest(self.name, open_store(self.storage).folders())
+        return NotFoundError(f"there is no run {self.name}" + (f"; {close}" if close else ""), where=self.storage,
+                             hint="launch list shows all; --storage names another place")  # fmt: skip
+
+
+class Journal:
+    """Appends JSON lines to a file of the run, readable by others at most `every` seconds later."""
+
+    def __init__(self, run: Run, key: str, every: float = 1.0) -> None:
+        self._out = run.store.append(key)
+        # S3 rewrites an object on each flush; a line a second would be a request a second for nothing.
+        self._every = every if not run.uri.startswith("s3://") else max(every, 5.0)
+        self._flushed = 0.0
+
+    def write(self, event: str, *, now: bool = False, **values: Any) -> None:
+        """One line; `now` makes it readable at once."""
+        line = json.dumps({"time": round(time.time(), 3), "event": event, **values}, separators=(",", ":"))
+        self._out.write(line.encode() + b"\n")
+        if now or time.monotonic() - self._flushed >= self._every:
+            self._out.flush()
+            self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        self._out.flush()
+        self._out.close()
+
+
+class Lines:
+    """Reads what was added to a journal since the last call, in whole lines."""
+
+    def __init__(self, run: Run, key: str) -> None:
+        self._run = run
+        self._key = key
+        self._cursor = Cursor()
+        self._rest = b""
+
+    def new(self) -> Iterator[str]:
+        data, self._cursor = self._run.store.read_from(self._key, self._cursor)
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        for line in lines:
+            yield line.decode("utf-8", "replace")
+
+    def events(self) -> Iterator[dict[str, Any]]:
+        """The new lines as JSON; a line cut short by a kill is skipped."""
+        for line in self.new():
+            try:
+                yield json.loads(line)
+            except ValueError:
+                continue
+
+
+def all_runs(storage: str) -> list[Run]:
+    """Every run in a storage, by name."""
+    runs = (Run(storage, name) for name in open_store(storage).folders() if valid_name(name))
+    return [run for run in runs if run.exists()]
+
+
+def find(storage: str, name: str) -> Run:
+    """The run of that name, or `NotFoundError` with the nearest one."""
+    run = Run(storage, name)
+    if not valid_name(name) or not run.exists():
+        raise run._missing()
+    return run
+
+
+def _pretty(document: Any) -> bytes:
+    return json.dumps(document, indent=1).encode() + b"\n"

@@ -1,0 +1,250 @@
+"""What the user wants: one frozen, strictly validated model, and the only thing that travels to a cluster.
+
+A field that is `None` is chosen by the plan from the data and the machine; `plan.resolve` fills it and says why.
+Each field carries its meaning (`description`) and the reason for its default (`why`). Nothing here does I/O.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+
+NAME_PATTERN = r"^[a-z]([a-z0-9-]{0,38}[a-z0-9])?$"
+"""Names are used as Kubernetes objects and S3 prefixes: a letter, then at most 39 of a-z, 0-9 and -."""
+
+Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _field(default: Any, what: str, why: str, **limits: Any) -> Any:
+    return Field(default, description=what, json_schema_extra={"why": why}, **limits)
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class Data(_Section):
+    """Where the labelled images are, and how they are split."""
+
+    uri: str = Field(
+        min_length=1, description="Folder, s3:// prefix, manifest (.csv .jsonl .parquet) or sample://digits."
+    )
+    val_fraction: Fraction = _field(
+        0.2, "Share of each class held out, where the data has no validation split.", "80/20 is the usual split", gt=0
+    )
+    val_split: str | None = _field(
+        None, "Name of the split to validate on.", "val, valid or validation, whichever there is; else val_fraction"
+    )
+    classes: tuple[str, ...] | None = _field(None, "Train on these classes only.", "all classes found")
+    image_size: int | None = _field(
+        None, "Side of the square the model sees, in pixels.", "what the model was made for", ge=8, le=2048
+    )
+    max_bad_fraction: Fraction = _field(
+        0.01,
+        "Stop when more than this share of the images cannot be read.",
+        "a few broken files are normal, 1 % is not",
+    )
+
+    @field_validator("classes")
+    @classmethod
+    def _several_classes(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if value is not None and len(set(value)) < 2:
+            raise ValueError("name at least two different classes, or leave it out for all")
+        return value
+
+
+class Model(_Section):
+    """Which network, and what it starts from."""
+
+    name: str | None = _field(None, "Any timm CNN by name.", "by the device: as large as trains in reasonable time")
+    pretrained: str | None = _field(
+        None, "hub, none, or a weights file (.safetensors .pth; a path or s3://).", "fine-tuning beats training anew"
+    )
+    drop_rate: Fraction = _field(0.0, "Dropout before the classifier.", "off: label smoothing regularises enough")
+    drop_path_rate: Fraction = _field(0.0, "Stochastic depth.", "off: it pays for large models and long runs")
+    freeze: tuple[str, ...] = _field(
+        (),
+        "Modules that keep their weights (timm names), or `backbone` for all but the classifier.",
+        "train everything",
+    )
+
+
+class Optim(_Section):
+    """SGD, its schedule and the loss."""
+
+    lr: float | None = _field(None, "Peak learning rate.", "scaled with the batch size", gt=0)
+    momentum: Fraction = _field(0.9, "Momentum of SGD.", "the value of every ResNet recipe")
+    nesterov: bool = _field(True, "Nesterov's momentum.", "a little better at the same cost")
+    weight_decay: float | None = _field(
+        None, "L2 decay of weights; never of norms and biases.", "lighter when fine-tuning", ge=0
+    )
+    schedule: Literal["cosine", "step", "constant"] = _field(
+        "cosine", "How the learning rate falls.", "no milestones to tune"
+    )
+    step_epochs: float = _field(30.0, "Epochs between drops of the step schedule.", "He et al. 2015", gt=0)
+    step_gamma: float = _field(0.1, "Factor of each drop of the step schedule.", "He et al. 2015", gt=0, lt=1)
+    warmup_epochs: float | None = _field(None, "Epochs of linear warm-up.", "5 % of the run, at most 5", ge=0)
+    clip_norm: float = _field(
+        0.0, "Clip the gradient's norm to this; 0 is off.", "batch norm keeps CNNs in bounds", ge=0
+    )
+    label_smoothing: Fraction = _field(0.1, "Label smoothing.", "Szegedy et al. 2016; helps against wrong labels too")
+    ema_decay: Fraction = _field(0.0, "Decay of the moving average of weights; 0 is off.", "short runs gain little")
+
+
+class Train(_Section):
+    """The length and the arithmetic of the run."""
+
+    epochs: int | None = _field(None, "Passes over the training images.", "enough steps to converge", ge=1, le=10_000)
+    batch_size: int | None = _field(
+        None, "Images per step, over all workers.", "fits the accelerator and gives enough steps an epoch", ge=2
+    )
+    accumulate: int = _field(1, "Parts that a worker's share of the batch is computed in.", "memory suffices", ge=1)
+    precision: Literal["fp32", "bf16", "fp16"] | None = _field(None, "Arithmetic of the forward pass.", "by the device")
+    channels_last: bool | None = _field(None, "Memory layout NHWC.", "by the device")
+    compile: bool = _field(False, "torch.compile the model.", "minutes of compiling pay only for long runs")
+    seed: int = _field(0, "Seed of every random choice.", "the same command gives the same run", ge=0, lt=2**32)
+    deterministic: bool = _field(
+        False, "Only deterministic kernels on the GPU.", "about 10 % slower; a CPU is deterministic anyway"
+    )
+    early_stop: int = _field(
+        0, "Stop after this many epochs without a better top-1; 0 is off.", "cosine gains most at its end", ge=0
+    )
+
+
+class Augment(_Section):
+    """Random changes to training images."""
+
+    crop_scale: tuple[float, float] | None = _field(
+        None, "Share of the image's area a random resized crop takes (least, most).", "milder when fine-tuning"
+    )
+    crop_ratio: tuple[float, float] = _field(
+        (3 / 4, 4 / 3), "Aspect ratio of the crop (least, most).", "Szegedy et al. 2015"
+    )
+    flip: bool | None = _field(None, "Mirror half of the images.", "photos have no left and right")
+    policy: Literal["none", "randaugment", "trivialaugment"] = _field(
+        "none", "Random photometric and geometric changes.", "pays on long runs; costs CPU"
+    )
+    magnitude: int = _field(9, "Strength of RandAugment, 0 to 30.", "Cubuk et al. 2019", ge=0, le=30)
+    operations: int = _field(2, "Operations per image of RandAugment.", "Cubuk et al. 2019", ge=1, le=8)
+    mixup: float = _field(0.0, "Alpha of mixup; 0 is off.", "pays on long runs", ge=0)
+    cutmix: float = _field(0.0, "Alpha of cutmix; 0 is off.", "pays on long runs", ge=0)
+    erasing: Fraction = _field(0.0, "Chance that a rectangle is erased.", "pays on long runs")
+
+    @field_validator("crop_scale", "crop_ratio")
+    @classmethod
+    def _ordered(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        if value is not None and not 0 < value[0] <= value[1]:
+            raise ValueError("give two positive numbers, the smaller first")
+        return value
+
+    @field_validator("crop_scale")
+    @classmethod
+    def _area(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        if value is not None and value[1] > 1:
+            raise ValueError("a crop cannot take more than the whole image (1.0)")
+        return value
+
+
+class Resources(_Section):
+    """What each worker gets. A worker is one process on one GPU, or on some CPUs."""
+
+    workers: int | None = _field(None, "Number of workers.", "one for each GPU; one without GPUs", ge=1, le=512)
+    cpus_per_worker: int | None = _field(None, "CPU cores per worker.", "an equal share of the machine", ge=1)
+    gpus_per_worker: int | None = _field(None, "GPUs per worker, 0 or 1.", "a GPU where there is one", ge=0, le=1)
+
+
+class Checkpoint(_Section):
+    """How often the run is saved, and how much is kept."""
+
+    every_minutes: float = _field(2.0, "Minutes between checkpoints; 0 is off.", "a kill costs at most 2 minutes", ge=0)
+    every_epochs: int = _field(1, "Epochs between checkpoints.", "each epoch's end is saved", ge=1)
+    keep: int = _field(2, "Newest checkpoints kept, beside the best.", "a spare, should the newest be damaged", ge=1)
+
+
+class Spec(_Section):
+    """One training run."""
+
+    name: Name | None = _field(
+        None, "Name of the run; unique in its storage.", "made from the data's name and the time"
+    )
+    data: Data
+    model: Model = Model()
+    optim: Optim = Optim()
+    train: Train = Train()
+    augment: Augment = Augment()
+    resources: Resources = Resources()
+    checkpoint: Checkpoint = Checkpoint()
+    storage: str | None = _field(
+        None, "Folder or s3:// prefix that holds the run directories.", "$RAYLAUNCH_STORAGE, else ~/raylaunch"
+    )
+
+    @model_validator(mode="after")
+    def _batch_fits(self) -> Spec:
+        batch, parts, workers = self.train.batch_size, self.train.accumulate, self.resources.workers or 1
+        if batch is not None and batch < parts * workers:
+            raise ValueError(
+                f"train.batch_size {batch} is less than one image for each of {workers} workers x {parts} parts"
+            )
+        return self
+
+    def to_json(self) -> str:
+        """Canonical JSON: sorted keys, no spaces, every field."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+
+    def flat(self) -> dict[str, Any]:
+        """Every field by its dotted name, in the order of the model."""
+        return dict(_flatten(self.model_dump(mode="json")))
+
+    def fingerprint(self) -> str:
+        """sha256 over all that decides the trained weights: what `RESUMABLE` names is left out."""
+        kept = {key: value for key, value in self.flat().items() if not resumable(key)}
+        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+    def updated(self, changes: dict[str, Any]) -> Spec:
+        """This spec with other values at some dotted names, validated again."""
+        document = self.model_dump(mode="json")
+        for key, value in changes.items():
+            *sections, field = key.split(".")
+            node = document
+            for section in sections:
+                node = node[section]
+            node[field] = value
+        return Spec.model_validate_json(json.dumps(document))
+
+
+def _flatten(document: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    pairs: list[tuple[str, Any]] = []
+    for key, value in document.items():
+        pairs += _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
+    return pairs
+
+
+RESUMABLE = ("train.epochs", "train.early_stop", "resources.", "checkpoint.", "storage", "data.max_bad_fraction")
+"""What `launch resume` may change: none of it alters a step that was already made."""
+
+
+def resumable(key: str) -> bool:
+    """Whether a resumed run may differ in the field of this dotted name."""
+    return any(key == allowed or (allowed.endswith(".") and key.startswith(allowed)) for allowed in RESUMABLE)
+
+
+def fields() -> dict[str, Any]:
+    """Every field of the spec by its dotted name, with pydantic's `FieldInfo`."""
+    found: dict[str, Any] = {}
+    for key, info in Spec.model_fields.items():
+        section = info.annotation
+        if isinstance(section, type) and issubclass(section, _Section):
+            found.update({f"{key}.{inner}": inner_info for inner, inner_info in section.model_fields.items()})
+        else:
+            found[key] = info
+    return found
+
+
+def valid_name(name: str) -> bool:
+    """Whether a run can have this name."""
+    return re.fullmatch(NAME_PATTERN, name) is not None

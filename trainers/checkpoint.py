@@ -1,0 +1,158 @@
+"""Checkpoints that are whole or do not count: safetensors and JSON, sealed by a manifest that is written last.
+
+A checkpoint is the folder `checkpoints/step-00000123/`. Only with its `manifest.json`, and with every file as the
+manifest's sha256 says, is it ever loaded; otherwise the next older one is. Nothing here is pickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+
+from launcher.errors import LaunchError, SiteError
+from launcher.storage import Store
+
+log = logging.getLogger(__name__)
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The state of a run after `step` steps: tensors in named groups, and plain JSON values."""
+
+    step: int
+    fingerprint: str
+    tensors: dict[str, Tensors]
+    values: dict[str, Any]
+
+
+def folder(step: int) -> str:
+    """Where the checkpoint of a step lies in the run directory."""
+    return f"checkpoints/step-{step:08d}"
+
+
+def save(store: Store, snapshot: Snapshot) -> None:
+    """Writes the checkpoint; until the last write it does not exist for a reader."""
+    files = {f"{name}.safetensors": save_tensors(tensors) for name, tensors in snapshot.tensors.items()}
+    files["state.json"] = json.dumps(snapshot.values).encode()
+    base = folder(snapshot.step)
+    for name, data in files.items():
+        store.write(f"{base}/{name}", data)
+    manifest = {
+        "schema": 1,
+        "step": snapshot.step,
+        "fingerprint": snapshot.fingerprint,
+        "files": {
+            name: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)} for name, data in files.items()
+        },
+    }
+    store.write(f"{base}/manifest.json", json.dumps(manifest, indent=1).encode())
+
+
+def steps(store: Store) -> list[int]:
+    """Steps of all sealed checkpoints, ascending."""
+    keys = (entry.key for entry in store.list("checkpoints/step-"))
+    return sorted(int(key.split("/")[1][5:]) for key in keys if key.endswith("/manifest.json"))
+
+
+def load(store: Store, step: int) -> Snapshot:
+    """The checkpoint of a step; `SiteError` names the file that is absent or damaged."""
+    base = folder(step)
+
+    def read(name: str) -> bytes:
+        try:
+            return store.read(f"{base}/{name}")
+        except FileNotFoundError:
+            raise SiteError("a file of the checkpoint is absent", where=f"{store.uri}/{base}/{name}") from None
+
+    try:
+        manifest = json.loads(read("manifest.json"))
+        files = {name: read(name) for name in manifest["files"]}
+        for name, data in files.items():
+            if hashlib.sha256(data).hexdigest() != manifest["files"][name]["sha256"]:
+                raise SiteError("a file of the checkpoint is damaged", where=f"{store.uri}/{base}/{name}")
+        tensors = {name.removesuffix(".safetensors"): load_tensors(data) for name, data in files.items()
+                   if name.endswith(".safetensors")}  # fmt: skip
+        return Snapshot(manifest["step"], manifest["fingerprint"], tensors, json.loads(files["state.json"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise SiteError("the manifest of the checkpoint is damaged", where=f"{store.uri}/{base}") from error
+
+
+def load_latest(store: Store, skipped: Callable[[str], None]) -> Snapshot | None:
+    """The newest checkpoint that is whole, or None. `skipped` is told of each that is not."""
+    for step in reversed(steps(store)):
+        try:
+            return load(store, step)
+        except SiteError as error:
+            skipped(str(error))
+    return None
+
+
+def prune(store: Store, keep: int, also: Iterable[int]) -> None:
+    """Deletes all but the `keep` newest checkpoints and those of the steps in `also`; the manifest goes first."""
+    kept = {*steps(store)[-keep:], *also}
+    newest = max(kept, default=-1)
+    doomed: dict[int, list[str]] = {}
+    for entry in store.list("checkpoints/step-"):
+        step = int(entry.key.split("/")[1][5:])
+        # A folder beyond the newest sealed one is being written now.
+        if step not in kept and step < newest:
+            doomed.setdefault(step, []).append(entry.key)
+    for keys in doomed.values():
+        for key in sorted(keys, key=lambda key: not key.endswith("manifest.json")):
+            store.delete(key)
+
+
+class Saver:
+    """Writes checkpoints in the background, one at a time, and prunes after each.
+
+    A failure surfaces in the next call. `seconds` is the time the training waited for this object.
+    """
+
+    def __init__(self, store: Store, keep: int, written: Callable[[int, float], None]) -> None:
+        self._store = store
+        self._keep = keep
+        self._written = written
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self.seconds = 0.0
+
+    def save(self, snapshot: Snapshot, best: int | None) -> None:
+        """Takes ownership of the snapshot's tensors, which nobody may change afterwards."""
+        self.wait()
+        self._thread = threading.Thread(target=self._run, args=(snapshot, best), name="checkpoint")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Returns when the last checkpoint is sealed; raises what kept it from being."""
+        began = time.monotonic()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.seconds += time.monotonic() - began
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _run(self, snapshot: Snapshot, best: int | None) -> None:
+        began = time.monotonic()
+        try:
+            save(self._store, snapshot)
+            self._written(snapshot.step, time.monotonic() - began)
+            prune(self._store, self._keep, [] if best is None else [best])
+        except LaunchError as error:
+            self._error = error
+        except Exception as error:  # carried to the training thread, which raises it
+            log.exception("the checkpoint of step %d was not written", snapshot.step)
+            self._error = error

@@ -1,0 +1,423 @@
+"""The training loop of one rank: the same for one worker and for many, on a laptop and in a pod.
+
+`work` is what Ray Train calls in every worker. It begins at the newest whole checkpoint, always: a run's first
+attempt finds the one of step 0, which the driver wrote. It never decides whether a failed run is tried again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from launcher.errors import SiteError
+from launcher.runs import Run
+from launcher.spec import Spec
+from trainers import checkpoint, export, guards, optim
+from trainers.data.augment import EvalTransform, TrainTransform
+from trainers.data.index import Index
+from trainers.data.loader import Batch, Loader, Step
+from trainers.data.source import Source
+from trainers.evaluate import Tally
+from trainers.guards import Team
+from trainers.model import Preprocess, build, freeze
+from trainers.progress import Meter, Progress
+from trainers.ranklog import rank_log
+
+log = logging.getLogger(__name__)
+
+
+def work(config: dict[str, str]) -> str:
+    """Trains the run at `config["run"]` to its end; returns `finished` or `cancelled`.
+
+    `config["began"]` is the Unix time at which this attempt began.
+
+    An error is written to `failures/rank-N.json`, in terms of who has to act, before it is raised.
+    """
+    run = Run.at(config["run"])
+    team = Team.join()
+    with rank_log(run, team.rank):
+        try:
+            trainer = Trainer(run, team, float(config["began"]))
+            try:
+                return trainer.train()
+            finally:
+                trainer.close()
+        except BaseException as error:
+            log.exception("rank %d ends here", team.rank)
+            run.write_json(f"failures/rank-{team.rank}.json", guards.classify(error).to_record())
+            raise
+
+
+class Trainer:
+    """One rank's model, optimizer, data and position."""
+
+    def __init__(self, run: Run, team: Team, began: float) -> None:
+        self.run, self.team, self.began = run, team, began
+        self.spec = spec = run.spec()
+        self.index = Index.load(run.store)
+        self.device = _device(spec)
+        self._arithmetic()
+        self.model = build(spec.model, len(self.index.classes))
+        self.preprocess = Preprocess.of(self.model, spec.data.image_size or 224)
+        layout = torch.channels_last if spec.train.channels_last else torch.contiguous_format
+        self.layout = layout
+        self.model.to(self.device, memory_format=layout)  # type: ignore[call-overload]
+        self.frozen_norms = freeze(self.model, spec.model.freeze)
+        self.optimizer = optim.sgd(self.model, spec.optim)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=spec.train.precision == "fp16")
+        self.ema = _ema(self.model, spec.optim.ema_decay)
+        self.source = Source(self.index)
+        self.loader = self._loader()
+        self.mean, self.std = (
+            torch.tensor(values, device=self.device).view(1, 3, 1, 1) * 255
+            for values in (self.preprocess.mean, self.preprocess.std)
+        )
+        self.epochs: list[dict[str, Any]] = []
+        self.seconds = {"train": 0.0, "eval": 0.0, "wait": 0.0, "checkpoint": 0.0}
+        self.meter = Meter()
+        self.step = 0
+        self.progress = Progress(run) if team.rank == 0 else None
+        self.restore()
+        self.parallel = self._parallel()
+        self.mix = _mix(spec, len(self.index.classes))
+        self.stop = guards.StopWatcher(run.cancel_requested, 5.0 if run.uri.startswith("s3://") else 1.0)
+        self.control = guards.Control(team, self.stop, spec.checkpoint.every_minutes * 60)
+        self.saver = checkpoint.Saver(run.store, spec.checkpoint.keep, self._saved) if team.rank == 0 else None
+
+    # -- the loop
+
+    def train(self) -> str:
+        """Every epoch that is left, then the final evaluation and the export."""
+        self.first_step = time.time()
+        if self.progress:
+            self.progress.start(self.step, self.loader.steps, self.spec, self.team.world, str(self.device))
+        while len(self.epochs) < (self.spec.train.epochs or 1) and not self._out_of_patience():
+            if not self.train_epoch(len(self.epochs), self.step - len(self.epochs) * self.loader.steps):
+                return "cancelled"
+            self.end_epoch(len(self.epochs))
+        export.finish(self)
+        return "finished"
+
+    def train_epoch(self, epoch: int, first: int) -> bool:
+        """One pass over the training split, from step `first` of it; False if the run was asked to stop."""
+        self.model.train()
+        for norm in self.frozen_norms:
+            norm.eval()
+        steps = self.loader.train(epoch, first)
+        with contextlib.closing(steps):  # type: ignore[type-var]
+            for step in self._watched(steps):
+                self.train_step(step)
+                decision = self.control.after_step()
+                if decision.stop or decision.save:
+                    self.save()
+                if decision.stop:
+                    return False
+        return True
+
+    def train_step(self, step: Step) -> None:
+        """Forward, backward and update on one global batch, of which this rank has `step.parts`.
+
+        The gradient is that of the mean loss over the global batch, whatever the number of ranks and parts.
+        """
+        lr = optim.learning_rate(self.spec.optim, self.step, self.loader.steps, self.spec.train.epochs or 1)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        # Dropout and mixup draw from a generator that is set anew each step, so a resumed run draws the same.
+        torch.manual_seed(((self.spec.train.seed << 32) + self.step * 65_537 + self.team.rank) % 2**63)
+        losses = [self._forward_backward(batch, step.size, last=batch is step.parts[-1]) for batch in step.parts]
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.spec.optim.clip_norm or torch.inf)
+        if not torch.isfinite(norm):
+            self._on_non_finite(step, losses, lr)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        if self.ema is not None:
+            self.ema.update(self.model, self.step)
+        self.meter.lr = lr
+
+    def _forward_backward(self, batch: Batch, size: int, *, last: bool) -> torch.Tensor:
+        images, targets = self.to_device(batch)
+        mixed: tuple[torch.Tensor, torch.Tensor] = self.mix(images, targets) if self.mix else (images, targets)
+        sync = contextlib.nullcontext() if last or self.team.world == 1 else self.parallel.no_sync()
+        with sync:
+            with self.autocast():
+                logits = self.parallel(mixed[0])
+            losses = F.cross_entropy(
+                logits.float(), mixed[1], label_smoothing=self.spec.optim.label_smoothing, reduction="none"
+            )
+            # DDP averages over ranks; times the world size, that is the sum over the global batch.
+            loss = losses.sum() * (self.team.world / size)
+            scaled: Any = self.scaler.scale(loss)
+            scaled.backward(gradient=guards.poison(scaled))
+        self.meter.add(losses.detach(), logits.detach(), targets)
+        return losses.detach()
+
+    def _on_non_finite(self, step: Step, losses: list[torch.Tensor], lr: float) -> None:
+        flat = torch.cat(losses).tolist()
+        overflow = self.scaler.is_enabled() and all(np.isfinite(self.team.gather(float(sum(flat)))))
+        # With fp16 a gradient may overflow: the scaler skips this step and lowers its scale. Only a scale that
+        # has sunk below 1 says that the numbers themselves are too large.
+        if overflow and self.scaler.get_scale() >= 1:
+            return
+        rows = np.concatenate([batch.rows.numpy() for batch in step.parts])
+        keys = self.index.table["key"].take(rows).to_pylist()
+        raise guards.non_finite(self.team, flat, keys, self.step, lr)
+
+    def end_epoch(self, epoch: int) -> None:
+        """Evaluates, records the epoch, and saves if it is due."""
+        train_loss, train_top1 = self.meter.epoch(self.team)
+        began = time.monotonic()
+        self.average_norms()
+        tally = self.evaluate("val")
+        self.seconds["eval"] += time.monotonic() - began
+        best = max((past["val"]["top1"] for past in self.epochs), default=-1.0)
+        summary = tally.summary()
+        record = {
+            "epoch": epoch + 1, "step": self.step, "lr": self.meter.lr, "train_loss": train_loss,
+            "train_top1": train_top1, "val": summary, "seconds": self.meter.seconds,
+            "eval_seconds": time.monotonic() - began, "images_per_second": self.meter.rate(),
+            "data_wait": self.meter.wait_share(), "best": summary["top1"] > best,
+        }  # fmt: skip
+        self.epochs.append(record)
+        self.meter.next_epoch()
+        last = len(self.epochs) >= (self.spec.train.epochs or 1) or self._out_of_patience()
+        if record["best"] or last or (epoch + 1) % self.spec.checkpoint.every_epochs == 0:
+            self.save()
+        bad = self.bad_images()
+        if self.progress:
+            self.progress.epoch(record, self.epochs)
+            self.run.write_json("data_report.json", {"images": len(self.index.table), "bad": bad})
+
+    def bad_images(self) -> list[dict[str, str]]:
+        """Key and reason of every image that no rank could read so far, in this attempt or before."""
+        found = {key: reason for bad in self.team.gather(self.loader.bad) for key, reason in bad.items()}
+        before = self.run.read_json("data_report.json") or {"bad": []}
+        found |= {item["key"]: item["reason"] for item in before["bad"]}
+        return [{"key": key, "reason": reason} for key, reason in sorted(found.items())]
+
+    # -- what it calls
+
+    @torch.inference_mode()
+    def evaluate(self, split: str, each: Any = None) -> Tally:
+        """Counts over a split, summed over all ranks. `each(batch, logits, losses)` sees this rank's batches."""
+        model = self.evaluated().eval()
+        tally = Tally(len(self.index.classes))
+        for batch in self.loader.evaluate(split, max(2 * (self.spec.train.batch_size or 1) // self.team.world, 8)):
+            images, targets = self.to_device(batch)
+            with self.autocast():
+                logits = model(images)
+            losses = tally.update(logits, targets)
+            if each is not None:
+                each(batch, logits.float(), losses)
+            if self.progress:
+                self.progress.evaluating(split)
+        tally.reduce(self.team.group)
+        return tally
+
+    def evaluated(self) -> nn.Module:
+        """The model whose figures count: the moving average where there is one."""
+        module: nn.Module = self.ema.module if self.ema is not None else self.model
+        return module
+
+    def to_device(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Normalised float images in the model's layout, and targets, on the device."""
+        images = batch.images.to(self.device, non_blocking=True).float().sub_(self.mean).div_(self.std)
+        return images.contiguous(memory_format=self.layout), batch.targets.to(self.device, non_blocking=True)
+
+    def autocast(self) -> torch.autocast:
+        """The forward pass's arithmetic."""
+        kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        kind = kinds.get(self.spec.train.precision or "fp32")
+        return torch.autocast(self.device.type, kind, enabled=kind is not None)
+
+    def average_norms(self) -> None:
+        """Makes the running statistics of batch norm the same on all ranks, so that any rank's evaluation is the run's."""
+        self.team.mean_(list(self._norm_buffers().values()))
+
+    def _norm_buffers(self) -> dict[str, torch.Tensor]:
+        named = dict(self.model.named_buffers())
+        if self.ema is not None:
+            named |= {f"ema.{key}": buffer for key, buffer in self.ema.module.named_buffers()}
+        return {key: buffer for key, buffer in named.items() if buffer.is_floating_point()}
+
+    # -- checkpoints
+
+    def save(self) -> None:
+        """Hands the state of all ranks to the writer; training goes on at once."""
+        norms = {key: buffer.detach().cpu().clone() for key, buffer in self._norm_buffers().items()}
+        ranks = self.team.gather((norms, self.meter.state()))
+        if self.saver is None:
+            self.control.saved()
+            return
+        tensors = {"weights": _copy(self.model.state_dict()), "optimizer": self._momentum()}
+        if self.ema is not None:
+            tensors["ema"] = _copy(self.ema.module.state_dict())
+        # The statistics differ between ranks within an epoch; each rank gets its own back.
+        tensors["norms"] = {key: torch.stack([norms[key] for norms, _ in ranks]) for key in norms}
+        values = {
+            "epochs": self.epochs, "world": self.team.world, "meters": [meter for _, meter in ranks],
+            "seconds": self.seconds | {"checkpoint": self.saver.seconds}, "scaler": self.scaler.state_dict(),
+            "spec": self.spec.model_dump(mode="json"),
+        }  # fmt: skip
+        snapshot = checkpoint.Snapshot(self.step, self.spec.fingerprint(), tensors, values)
+        best = [past["step"] for past in self.epochs if past["best"]]
+        self.saver.save(snapshot, best[-1] if best else None)
+        self.control.saved()
+
+    def restore(self) -> None:
+        """Takes over the newest whole checkpoint of the run."""
+        snapshot = checkpoint.load_latest(self.run.store, lambda what: log.warning("skipped a checkpoint: %s", what))
+        if snapshot is None:
+            raise SiteError("no whole checkpoint is left, not even the first", where=self.run.uri,
+                            hint="launch a new run")  # fmt: skip
+        if snapshot.step and snapshot.fingerprint != self.spec.fingerprint():
+            raise SiteError("the newest checkpoint was made by another spec", where=self.run.uri,
+                            hint="spec.json was edited by hand: restore it, or launch a new run")  # fmt: skip
+        self.model.load_state_dict(snapshot.tensors["weights"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(snapshot.tensors.get("ema", snapshot.tensors["weights"]))
+        self.step = snapshot.step
+        if snapshot.step == 0:
+            return
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                momentum = snapshot.tensors["optimizer"].get(names[id(parameter)])
+                if momentum is not None:
+                    self.optimizer.state[parameter]["momentum_buffer"] = momentum.to(self.device)
+        values = snapshot.values
+        same = values["world"] == self.team.world
+        for key, buffer in self._norm_buffers().items():
+            rows = snapshot.tensors["norms"][key]
+            buffer.copy_(rows[self.team.rank] if same else rows.mean(0))
+        self.epochs, self.seconds = values["epochs"], values["seconds"]
+        self.meter.restore(values["meters"], self.team.rank, same=same)
+        self.scaler.load_state_dict(values["scaler"])
+
+    def _momentum(self) -> dict[str, torch.Tensor]:
+        named = ((name, self.optimizer.state.get(parameter, {}).get("momentum_buffer"))
+                 for name, parameter in self.model.named_parameters())  # fmt: skip
+        return {name: momentum.detach().cpu().clone() for name, momentum in named if momentum is not None}
+
+    def _saved(self, step: int, seconds: float) -> None:
+        if self.progress:
+            self.progress.saved(step, seconds)
+
+    def timing(self) -> dict[str, float]:
+        """Where the time went, in seconds; `data_wait` is a share of the training time."""
+        train = self.seconds["train"]
+        return {
+            "total_seconds": time.time() - self.began, "start_seconds": self.first_step - self.began,
+            "train_seconds": train, "eval_seconds": self.seconds["eval"],
+            "checkpoint_seconds": self.saver.seconds if self.saver else 0.0,
+            "data_wait": self.seconds["wait"] / train if train else 0.0,
+        }  # fmt: skip
+
+    # -- setting up
+
+    def _loader(self) -> Loader:
+        spec = self.spec
+        size = self.preprocess.image_size
+        return Loader(
+            self.index,
+            source=self.source,
+            train_transform=TrainTransform(spec.augment, size),
+            eval_transform=EvalTransform(size, self.preprocess.crop_pct, self.preprocess.interpolation),
+            seed=spec.train.seed,
+            batch_size=spec.train.batch_size or 1,
+            accumulate=spec.train.accumulate,
+            rank=self.team.rank,
+            world=self.team.world,
+            threads=spec.resources.cpus_per_worker or 1,
+            max_bad_fraction=spec.data.max_bad_fraction,
+        )
+
+    def _arithmetic(self) -> None:
+        if self.device.type == "cpu":
+            torch.set_num_threads(self.spec.resources.cpus_per_worker or 1)
+        torch.use_deterministic_algorithms(self.spec.train.deterministic)
+        torch.backends.cudnn.benchmark = not self.spec.train.deterministic
+        torch.set_float32_matmul_precision("high")
+
+    def _parallel(self) -> Any:
+        model: Any = self.model
+        if self.team.world > 1:
+            devices = [self.device] if self.device.type == "cuda" else None
+            # Statistics of batch norm are averaged before each evaluation instead of sent before each step.
+            model = DistributedDataParallel(
+                model, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False
+            )
+        return torch.compile(model) if self.spec.train.compile else model
+
+    def _watched(self, steps: Iterator[Step]) -> Iterator[Step]:
+        """The steps, with the time spent waiting for each, and progress reported after each."""
+        while True:
+            began = time.monotonic()
+            step = next(steps, None)
+            if step is None:
+                return
+            waited = time.monotonic() - began
+            yield step
+            self.meter.step(step.size, waited, time.monotonic() - began)
+            self.seconds["wait"] += waited
+            self.seconds["train"] += time.monotonic() - began
+            if self.progress:
+                self.progress.step(len(self.epochs) + 1, self.step, self.loader.steps, step.size, self.meter)
+
+    def _out_of_patience(self) -> bool:
+        patience = self.spec.train.early_stop
+        best = max((past["epoch"] for past in self.epochs if past["best"]), default=0)
+        return bool(patience) and len(self.epochs) - best >= patience
+
+    def close(self) -> None:
+        """Waits for the last checkpoint and ends the background work."""
+        self.stop.close()
+        if self.saver is not None:
+            self.saver.wait()
+        if self.progress:
+            self.progress.close()
+
+
+def _device(spec: Spec) -> torch.device:
+    if not spec.resources.gpus_per_worker:
+        return torch.device("cpu")
+    from ray.train.torch import get_device
+
+    if not torch.cuda.is_available():
+        raise SiteError("torch sees no GPU", where="resources.gpus_per_worker",
+                        hint="nvidia-smi shows the driver; --set resources.gpus_per_worker=0 trains on the CPU")  # fmt: skip
+    device: torch.device = get_device()
+    torch.cuda.set_device(device)
+    return device
+
+
+def _ema(model: nn.Module, decay: float) -> Any:
+    from timm.utils import ModelEmaV3
+
+    return ModelEmaV3(model, decay=decay, use_warmup=True) if decay else None
+
+
+def _mix(spec: Spec, classes: int) -> Any:
+    from torchvision.transforms import v2
+
+    mixers: list[Any] = []
+    if spec.augment.mixup:
+        mixers.append(v2.MixUp(alpha=spec.augment.mixup, num_classes=classes))
+    if spec.augment.cutmix:
+        mixers.append(v2.CutMix(alpha=spec.augment.cutmix, num_classes=classes))
+    return v2.RandomChoice(mixers) if mixers else None
+
+
+def _copy(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key: value.detach().cpu().clone().contiguous() for key, value in state.items()}
