@@ -40,7 +40,8 @@ def model_facts(name: str) -> dict[str, Any]:
         close = nearest(bare, models)
         raise UserError(f"timm has no model {name}" + (f"; {close}" if close else ""), where="model.name",
                         hint="python -c 'import timm; print(*timm.list_models(), sep=\"\\n\")' lists all")  # fmt: skip
-    return models.get(bare, {})
+    facts: dict[str, Any] = models.get(bare, {})
+    return facts
 
 
 def _models() -> dict[str, Any]:

@@ -223,11 +223,10 @@ def _unlisted(error: OSError) -> None:
 
 
 def _leads_back(folder: str) -> bool:
-    """Whether the folder is a link to one that holds it, which a walk would follow for ever."""
+    """Whether the folder is a link to one that the way here went through, which a walk would follow for ever."""
     if not os.path.islink(folder):
         return False
-    target = os.path.realpath(folder)
-    return os.path.commonpath([target, os.path.realpath(os.path.dirname(folder))]) == target
+    return os.path.realpath(folder) in {os.path.realpath(parent) for parent in Path(folder).parents}
 
 
 def _sync(path: str) -> None:

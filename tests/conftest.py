@@ -48,6 +48,7 @@ def s3(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 @pytest.fixture
 def bucket(s3: str) -> str:
     """Address of a new, empty bucket."""
+    assert s3
     name = f"bucket-{next(_numbers)}"
     s3_client().create_bucket(Bucket=name)
     return f"s3://{name}"

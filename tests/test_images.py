@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import struct
 import warnings
@@ -245,10 +246,8 @@ def test_damaged_bytes_never_raise_anything_else() -> None:
             damaged = data.copy()
             places = random.integers(0, len(damaged), 6)
             damaged[places] = random.integers(0, 256, 6)
-            try:
+            with contextlib.suppress(BadImage):
                 assert decode(damaged.tobytes()).mode == "RGB"
-            except BadImage as error:
-                assert str(error)
 
 
 def test_threads_do_not_disturb_each_other() -> None:

@@ -273,12 +273,14 @@ def test_an_empty_bucket_and_a_missing_bucket_are_told_apart(bucket: str) -> Non
         (FLOWERS[:10], "only one class: rose"),
         ([*FLOWERS, "notes/a.txt", "more/b.txt"], "2 class folders hold no image: more, notes"),
         ([*(f"train/{key}" for key in FLOWERS), "val/rose/1.jpg", "val/tulip/a.txt"], "hold no image: val/tulip"),
-        ([*(f"train/{key}" for key in FLOWERS), "val/oak/1.jpg", "val/elm/1.jpg"], "2 classes have no training image: val/elm, val/oak"),
+        ([*(f"train/{key}" for key in FLOWERS), "val/oak/1.jpg", "val/elm/1.jpg"],
+         "2 classes have no training image: val/elm, val/oak"),
         ([*FLOWERS, "oak/1.jpg", "elm/1.jpg"], "2 classes have a single image"),
         ([f"{split}/{key}" for split in ("training", "val") for key in FLOWERS], "val, but no train"),
         ([f"{split}/{key}" for split in ("Train", "Val") for key in FLOWERS], "Train, Val, but no train"),
         ([f"{split}/{key}" for split in ("train", "dev") for key in FLOWERS], "--set data.val_split=dev"),
-        ([f"{split}/{key}" for split in ("train", "val", "valid") for key in FLOWERS], "several validation splits: val, valid"),
+        ([f"{split}/{key}" for split in ("train", "val", "valid") for key in FLOWERS],
+         "several validation splits: val, valid"),
         ([f"{split}/{key}" for split in ("train", "val", "more") for key in FLOWERS], "beside train there is more"),
     ],
 )  # fmt: skip
@@ -314,6 +316,8 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
 
 def test_a_val_split_needs_splits(tmp_path: Path) -> None:
     assert "no split dev" in refusal(Data(uri=fill(str(tmp_path), FLOWERS), val_split="dev"), UserError)
+    (tmp_path / "all.csv").write_bytes(as_csv([{"path": key, "label": key[0]} for key in FLOWERS]))
+    assert "no split dev" in refusal(Data(uri=str(tmp_path / "all.csv"), val_split="dev"), UserError)
 
 
 # -- storing it, and the sample

@@ -6,7 +6,6 @@ import io
 import os
 import subprocess
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -205,8 +204,7 @@ def test_too_many_bad_images_end_the_run_and_are_named(index: Index) -> None:
     broken = damage(index, *index.rows("train")[:4].tolist())
     reader = loader(broken, max_bad_fraction=0.05)
     with pytest.raises(DataError, match="too many images cannot be read, 4 so far") as raised:
-        for epoch in range(3):
-            list(reader.train(epoch))
+        list(reader.train(0))
     assert "class-0/" in raised.value.what
     assert len(list(loader(broken, max_bad_fraction=0.07).train(0))) == 5
 
@@ -241,13 +239,14 @@ def test_a_file_that_changed_or_went_ends_the_run_at_once(index: Index) -> None:
 
 
 @pytest.fixture
-def gets(bucket: str) -> Iterator[list[str]]:
+def gets(bucket: str) -> list[str]:
     """Keys of the objects that are downloaded."""
+    assert bucket
     found: list[str] = []
     s3_client().meta.events.register(
         "before-parameter-build.s3.GetObject", lambda params, **_: found.append(params["Key"])
     )
-    yield found
+    return found
 
 
 def test_each_object_is_fetched_once_per_node(bucket: str, gets: list[str], tmp_path: Path) -> None:

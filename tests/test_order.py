@@ -64,5 +64,6 @@ def test_draws_keep_to_their_range() -> None:
     assert {rng.integer(3) for _ in range(200)} == {0, 1, 2}
     assert all(2 <= rng.uniform(2, 3) < 3 for _ in range(200))
     noise = rng.noise((100, 101, 3))
-    assert (noise.shape, noise.dtype) == ((100, 101, 3), np.uint8)
+    assert noise.shape == (100, 101, 3)
+    assert noise.dtype == np.uint8
     assert abs(noise.mean() - 127.5) < 2

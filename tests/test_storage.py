@@ -196,12 +196,18 @@ def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
     (tmp_path / "root" / "again").symlink_to(tmp_path / "else")
     (tmp_path / "else" / "up").symlink_to(tmp_path / "else")
     assert [entry.key for entry in LocalStore(tmp_path / "root").list()] == ["again/cats/1", "linked/cats/1"]
+    for one, other in (("a", "b"), ("b", "a")):
+        (tmp_path / "pair" / one).mkdir(parents=True)
+        (tmp_path / "pair" / one / "file").write_text("")
+        (tmp_path / "pair" / one / other).symlink_to(tmp_path / "pair" / other)
+    assert [entry.key for entry in LocalStore(tmp_path / "pair").list()] == ["a/b/file", "a/file", "b/a/file", "b/file"]
 
 
 # -- failures of S3
 
 
-def test_a_missing_bucket_is_a_data_error(s3: str) -> None:
+@pytest.mark.usefixtures("s3")
+def test_a_missing_bucket_is_a_data_error() -> None:
     store = open_store("s3://nobody-made-this/prefix")
     for act in (lambda: store.read("key"), lambda: list(store.list()), lambda: store.write("key", b"")):
         with pytest.raises(DataError, match="no bucket nobody-made-this"):
@@ -214,8 +220,9 @@ def test_an_address_that_cannot_be_is_a_user_error(address: str) -> None:
         open_store(address)
 
 
-def test_a_bucket_name_that_cannot_be_is_a_user_error(s3: str) -> None:
-    with pytest.raises(UserError, match="[Bb]ucket"):
+@pytest.mark.usefixtures("s3")
+def test_a_bucket_name_that_cannot_be_is_a_user_error() -> None:
+    with pytest.raises(UserError, match=r"[Bb]ucket"):
         open_store("s3://no spaces/prefix").read("key")
 
 
@@ -254,13 +261,15 @@ def test_without_credentials_requests_are_unsigned(bucket: str, monkeypatch: pyt
         open_store(bucket).read("private")
 
 
-def test_an_unknown_profile_is_a_site_error(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("s3")
+def test_an_unknown_profile_is_a_site_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_PROFILE", "nobody")
     with pytest.raises(SiteError, match="nobody"):
         open_store("s3://bucket").read("key")
 
 
-def test_a_server_that_is_not_there_is_an_infrastructure_error(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("s3")
+def test_a_server_that_is_not_there_is_an_infrastructure_error(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{unused.getsockname()[1]}")

@@ -173,4 +173,4 @@ def classify(error: BaseException) -> LaunchError:
                          hint="a larger --batch-size, a larger --image-size, or fewer --workers")  # fmt: skip
     if isinstance(error, RuntimeError) and any(sign in text.lower() for sign in _LOST_PEER):
         return InfrastructureError(f"a worker was lost ({brief})", hint="the run goes on from its last checkpoint")
-    return BugError(brief, where="the worker", hint="the log has the traceback: launch logs NAME --rank 0")
+    return BugError(brief, where="the worker", hint="the log of the worker has the traceback")

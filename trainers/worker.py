@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -255,14 +255,14 @@ class Trainer:
 
     def save(self) -> None:
         """Hands the state of all ranks to the writer; training goes on at once."""
-        norms = {key: buffer.detach().cpu().clone() for key, buffer in self._norm_buffers().items()}
+        norms = _copies(self._norm_buffers())
         ranks = self.team.gather((norms, self.meter.state()))
         if self.saver is None:
             self.control.saved()
             return
-        tensors = {"weights": _copy(self.model.state_dict()), "optimizer": self._momentum()}
+        tensors = {"weights": _copies(self.model.state_dict()), "optimizer": self._momentum()}
         if self.ema is not None:
-            tensors["ema"] = _copy(self.ema.module.state_dict())
+            tensors["ema"] = _copies(self.ema.module.state_dict())
         # The statistics differ between ranks within an epoch; each rank gets its own back.
         tensors["norms"] = {key: torch.stack([norms[key] for norms, _ in ranks]) for key in norms}
         values = {
@@ -295,7 +295,8 @@ class Trainer:
             for parameter in group["params"]:
                 momentum = snapshot.tensors["optimizer"].get(names[id(parameter)])
                 if momentum is not None:
-                    self.optimizer.state[parameter]["momentum_buffer"] = momentum.to(self.device)
+                    # Like the parameter, so that NHWC stays NHWC.
+                    self.optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(momentum)
         values = snapshot.values
         same = values["world"] == self.team.world
         for key, buffer in self._norm_buffers().items():
@@ -306,9 +307,8 @@ class Trainer:
         self.scaler.load_state_dict(values["scaler"])
 
     def _momentum(self) -> dict[str, torch.Tensor]:
-        named = ((name, self.optimizer.state.get(parameter, {}).get("momentum_buffer"))
-                 for name, parameter in self.model.named_parameters())  # fmt: skip
-        return {name: momentum.detach().cpu().clone() for name, momentum in named if momentum is not None}
+        states = {name: self.optimizer.state.get(parameter, {}) for name, parameter in self.model.named_parameters()}
+        return _copies({name: state["momentum_buffer"] for name, state in states.items() if "momentum_buffer" in state})
 
     def _saved(self, step: int, seconds: float) -> None:
         if self.progress:
@@ -419,5 +419,9 @@ def _mix(spec: Spec, classes: int) -> Any:
     return v2.RandomChoice(mixers) if mixers else None
 
 
-def _copy(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {key: value.detach().cpu().clone().contiguous() for key, value in state.items()}
+def _copies(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Contiguous copies on the host, which training does not change any more."""
+    return {
+        key: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for key, tensor in tensors.items()
+    }

@@ -126,13 +126,14 @@ def build_index(data: Data) -> Index:
                         hint="fill or delete them, or choose others with data.classes")  # fmt: skip
     if not any(sample.split == "val" for sample in samples):
         samples = _held_out(samples, data)
-    classes = tuple(sorted({sample.label for sample in samples if sample.split == "train"}))
-    strays = sorted({f"{sample.split}/{sample.label}" for sample in samples if sample.label not in classes})
+    trained = {sample.label for sample in samples if sample.split == "train"}
+    strays = sorted({f"{sample.split}/{sample.label}" for sample in samples if sample.label not in trained})
     if strays:
         raise DataError(
             f"{len(strays)} classes have no training image: {few(strays)}", where=data.uri,
             hint="add training images or remove them, or choose others with data.classes",
         )  # fmt: skip
+    classes = tuple(sorted(trained))
     if len(classes) < 2:
         raise DataError(f"there is only one class: {classes[0]}", where=data.uri,
                         hint="a classifier needs two or more class folders or labels")  # fmt: skip

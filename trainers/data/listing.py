@@ -154,8 +154,9 @@ def _folder_roles(images: list[Entry], val_split: str | None, where: str) -> dic
 
 def _roles(found: set[str], val_split: str | None, where: str) -> dict[str, str]:
     if val_split and val_split not in found:
+        known = few(sorted(found - {""})) or "not given"
         raise UserError(f"there is no split {val_split}", where="data.val_split",
-                        hint=nearest(val_split, found) or f"the splits are {few(sorted(found))}")  # fmt: skip
+                        hint=nearest(val_split, found) or f"the splits are {known}")  # fmt: skip
     chosen = [val_split] if val_split else sorted(found & VAL_NAMES)
     if len(chosen) > 1:
         raise DataError(f"there are several validation splits: {few(chosen)}", where=where,
@@ -199,7 +200,7 @@ def _list_manifest(uri: str, val_split: str | None) -> Listing:
     _check_rows(uri, rows)
 
     named = {_text(row.get("split")).lower() for _, row in rows}
-    roles = {"": ""} if named == {""} else _roles(named, val_split and val_split.lower(), uri)
+    roles = {"": ""} if named == {""} and not val_split else _roles(named, val_split and val_split.lower(), uri)
     unknown = [number for number, row in rows if _text(row.get("split")).lower() not in roles.keys() | VAL_NAMES]
     if unknown:
         raise DataError(f"the split of rows {few(unknown)} is none of {', '.join(sorted(roles))}", where=uri,

@@ -163,15 +163,19 @@ class Loader:
         ]
 
     def _train_image(self, epoch: int, row: int) -> tuple[int, Pixels]:
-        position = int(np.searchsorted(self._train_rows, row))
-        for step in range(len(self._train_rows)):
-            candidate = int(self._train_rows[(position + step) % len(self._train_rows)])
+        for candidate in self._candidates(row):
             # The generator is the first row's, so a replacement is not the twin of the image it repeats.
             rng = sample_rng(self._seed, epoch, row)
             pixels = self._pixels(candidate, partial(self._train_transform, rng=rng))
             if pixels is not None:
                 return candidate, pixels
-        raise DataError("no training image can be read", where=self._index.uri, hint="see data_report.json")
+        raise DataError("no training image can be read", where=self._index.uri, hint="check one of them in a viewer")
+
+    def _candidates(self, row: int) -> Iterator[int]:
+        """The row, and after it the other rows of the training split, round in a circle."""
+        yield row
+        after = np.searchsorted(self._train_rows, row) + 1
+        yield from np.roll(self._train_rows, -after)[:-1].tolist()
 
     def _eval_image(self, row: int) -> tuple[int, Pixels] | None:
         pixels = self._pixels(row, self._eval_transform)

@@ -31,7 +31,7 @@ class Source:
         self.index = index
         self._cache = cache or default_cache()
         self._stores: dict[str, Store] = {}
-        self._table = index.table.select(["key", "size", "etag"]).combine_chunks()
+        self._keys, self._sizes, self._etags = (index.table[name].combine_chunks() for name in ("key", "size", "etag"))
 
     def read(self, row: int) -> bytes:
         """The file of a row, as it was when the index was built.
@@ -41,12 +41,13 @@ class Source:
             SiteError: credentials or permissions do not suffice.
             InfrastructureError: S3 does not answer.
         """
-        key, size, etag = (self._table.column(number)[row].as_py() for number in range(3))
+        key, etag = self._keys[row].as_py(), self._etags[row].as_py()
         uri, inner = locate(self.index.uri, key)
         store = self._stores.get(uri) or self._open(uri)
         try:
             if not store.uri.startswith("s3://"):
                 return store.read(inner, etag or None)
+            size = self._sizes[row].as_py()
             return self._cached(f"{uri}/{inner}", size, etag, lambda: store.read(inner, etag))
         except FileNotFoundError as error:
             raise DataError("the image is gone", where=f"{uri}/{inner}",
