@@ -93,6 +93,10 @@ class DataError(LaunchError):
     exit_code = Exit.FAILED
 
 
+class BadImagesError(DataError):
+    """More images cannot be read than the spec allows."""
+
+
 class NonFiniteLossError(DataError):
     """The loss or the gradient became NaN or infinite; all ranks stopped before the step."""
 
@@ -118,7 +122,7 @@ class BugError(LaunchError):
 _KINDS = {
     kind.__name__: kind
     for kind in (
-        LaunchError, UserError, NotFoundError, NotFinishedError, DataError, NonFiniteLossError,
+        LaunchError, UserError, NotFoundError, NotFinishedError, DataError, BadImagesError, NonFiniteLossError,
         SiteError, InfrastructureError, BugError,
     )
 }  # fmt: skip

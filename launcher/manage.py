@@ -6,7 +6,6 @@ What these need is in the run directory; none of them trains, and none but `pred
 from __future__ import annotations
 
 import json
-import os
 import sys
 from dataclasses import asdict
 from pathlib import Path

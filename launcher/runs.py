@@ -26,7 +26,6 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
@@ -34,7 +33,7 @@ from typing import Any
 
 from launcher.errors import Exit, NotFoundError, SiteError, UserError, nearest
 from launcher.spec import Spec, valid_name
-from launcher.storage import Cursor, Store, open_store
+from launcher.storage import Store, open_store
 
 SCHEMA = 1
 LEASE_SECONDS = 60.0
@@ -271,52 +270,6 @@ class Run:
         close = nearest(self.name, open_store(self.storage).folders())
         return NotFoundError(f"there is no run {self.name}" + (f"; {close}" if close else ""), where=self.storage,
                              hint="launch list shows all; --storage names another place")  # fmt: skip
-
-
-class Journal:
-    """Appends JSON lines to a file of the run, readable by others at most `every` seconds later."""
-
-    def __init__(self, run: Run, key: str, every: float = 1.0) -> None:
-        self._out = run.store.append(key)
-        # S3 rewrites an object on each flush; a line a second would be a request a second for nothing.
-        self._every = every if not run.uri.startswith("s3://") else max(every, 5.0)
-        self._flushed = 0.0
-
-    def write(self, event: str, *, now: bool = False, **values: Any) -> None:
-        """One line; `now` makes it readable at once."""
-        line = json.dumps({"time": round(time.time(), 3), "event": event, **values}, separators=(",", ":"))
-        self._out.write(line.encode() + b"\n")
-        if now or time.monotonic() - self._flushed >= self._every:
-            self._out.flush()
-            self._flushed = time.monotonic()
-
-    def close(self) -> None:
-        self._out.flush()
-        self._out.close()
-
-
-class Lines:
-    """Reads what was added to a journal since the last call, in whole lines."""
-
-    def __init__(self, run: Run, key: str) -> None:
-        self._run = run
-        self._key = key
-        self._cursor = Cursor()
-        self._rest = b""
-
-    def new(self) -> Iterator[str]:
-        data, self._cursor = self._run.store.read_from(self._key, self._cursor)
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        for line in lines:
-            yield line.decode("utf-8", "replace")
-
-    def events(self) -> Iterator[dict[str, Any]]:
-        """The new lines as JSON; a line cut short by a kill is skipped."""
-        for line in self.new():
-            try:
-                yield json.loads(line)
-            except ValueError:
-                continue
 
 
 def all_runs(storage: str) -> list[Run]:

@@ -15,8 +15,9 @@ from rich.table import Table
 from rich.text import Text
 
 from launcher.backends import Backend
+from launcher.journal import Lines
 from launcher.plan import Plan
-from launcher.runs import Lines, Run, State, Status
+from launcher.runs import Run, State, Status
 
 COLORS = {
     Status.SUCCEEDED: "green", Status.FAILED: "red", Status.CANCELLED: "yellow", Status.INTERRUPTED: "yellow",
@@ -109,7 +110,7 @@ def status_text(run: Run, state: State, console: Console) -> None:
     console.print(Text.assemble(*head), soft_wrap=True)
     row("data", spec.data.uri)
     row("model", f"{spec.model.name}, {epochs} epochs, attempt {state.attempt}")
-    steps = [event for event in Lines(run, "progress.jsonl").events() if event["event"] == "step"]
+    steps = [event for event in Lines(run.store, "progress.jsonl").events() if event["event"] == "step"]
     if steps and not state.status.final:
         row("now", step_line(steps[-1], epochs))
     for record in metrics.get("epochs", [])[-1:]:
@@ -179,8 +180,8 @@ class Viewer:
         self._backend = backend
         self._console = console
         self._epochs = run.spec().train.epochs or 1
-        self._progress = Lines(run, "progress.jsonl")
-        self._events = Lines(run, "events.jsonl")
+        self._progress = Lines(run.store, "progress.jsonl")
+        self._events = Lines(run.store, "events.jsonl")
         self._last: dict[str, Any] = {}
         self._epoch_seconds = 0.0
 

@@ -112,7 +112,10 @@ class Train(_Section):
         False, "Only deterministic kernels on the GPU.", "about 10 % slower; a CPU is deterministic anyway"
     )
     early_stop: int = _field(
-        0, "Stop after this many epochs without a better top-1; 0 is off.", "cosine gains most at its end", ge=0
+        0,
+        "Stop after this many epochs without a better one (top-1, then loss); 0 is off.",
+        "cosine gains most at its end",
+        ge=0,
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.storage import forget_s3_client, s3_client
+from launcher.s3 import forget_s3_client, s3_client
 
 _numbers = itertools.count()
 

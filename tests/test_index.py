@@ -16,8 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from launcher.errors import DataError, LaunchError, UserError
+from launcher.s3 import s3_client
 from launcher.spec import Data
-from launcher.storage import Entry, open_store, s3_client
+from launcher.storage import Entry, open_store
 from trainers.data.index import Index, build_index, val_count
 from trainers.data.sample import materialise, sample_facts
 

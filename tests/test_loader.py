@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 
 from launcher.errors import DataError, SiteError
+from launcher.s3 import forget_s3_client, s3_client
 from launcher.spec import Augment, Data
-from launcher.storage import LocalStore, forget_s3_client, open_store, s3_client
+from launcher.storage import LocalStore, open_store
 from trainers.data.augment import EvalTransform, TrainTransform
 from trainers.data.index import Index, build_index
 from trainers.data.loader import Batch, Loader, Step, scan

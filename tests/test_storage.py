@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from launcher.errors import DataError, InfrastructureError, SiteError, UserError
-from launcher.storage import SEGMENT_BYTES, Cursor, LocalStore, S3Store, Store, forget_s3_client, open_store, s3_client
+from launcher.s3 import SEGMENT_BYTES, S3Store, forget_s3_client, s3_client
+from launcher.storage import Cursor, LocalStore, Store, open_store
 
 
 @pytest.fixture

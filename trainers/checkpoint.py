@@ -19,12 +19,15 @@ import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from launcher.errors import LaunchError, SiteError
+from launcher.errors import InfrastructureError, SiteError
 from launcher.storage import Store
 
 log = logging.getLogger(__name__)
 
 Tensors = dict[str, torch.Tensor]
+
+MISSES = 3
+"""Checkpoints that may fail in a row, because the storage is away, before the run does."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,8 @@ def prune(store: Store, keep: int, also: Iterable[int]) -> None:
 class Saver:
     """Writes checkpoints in the background, one at a time, and prunes after each.
 
-    A failure surfaces in the next call. `seconds` is the time the training waited for this object.
+    Storage that is away does not stop the training until `MISSES` checkpoints in a row could not be written; any other
+    failure surfaces in the next call. `seconds` is the time the training waited for this object.
     """
 
     def __init__(self, store: Store, keep: int, written: Callable[[int, float], None]) -> None:
@@ -125,17 +129,26 @@ class Saver:
         self._keep = keep
         self._written = written
         self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
+        self._error: Exception | None = None
+        self._missed: tuple[Snapshot, int | None] | None = None
+        self._misses = 0
         self.seconds = 0.0
 
     def save(self, snapshot: Snapshot, best: int | None) -> None:
-        """Takes ownership of the snapshot's tensors, which nobody may change afterwards."""
-        self.wait()
+        """Takes ownership of the snapshot's tensors, which nobody may change afterwards. `best` is a step to keep."""
+        self._join()
         self._thread = threading.Thread(target=self._run, args=(snapshot, best), name="checkpoint")
         self._thread.start()
 
-    def wait(self) -> None:
-        """Returns when the last checkpoint is sealed; raises what kept it from being."""
+    def finish(self) -> None:
+        """Returns when the last checkpoint is sealed; raises what keeps it from being."""
+        self._join()
+        if self._missed is not None:
+            self._misses = MISSES - 1
+            self._run(*self._missed)
+            self._join()
+
+    def _join(self) -> None:
         began = time.monotonic()
         if self._thread is not None:
             self._thread.join()
@@ -149,10 +162,14 @@ class Saver:
         began = time.monotonic()
         try:
             save(self._store, snapshot)
+            self._missed, self._misses = None, 0
             self._written(snapshot.step, time.monotonic() - began)
             prune(self._store, self._keep, [] if best is None else [best])
-        except LaunchError as error:
-            self._error = error
+        except InfrastructureError as error:
+            log.warning("the checkpoint of step %d was not written: %s", snapshot.step, error)
+            self._missed = snapshot, best
+            self._misses += 1
+            self._error = error if self._misses >= MISSES else None
         except Exception as error:  # carried to the training thread, which raises it
             log.exception("the checkpoint of step %d was not written", snapshot.step)
             self._error = error

@@ -65,7 +65,7 @@ def take_best(trainer: Trainer) -> dict[str, Any]:
     Should that checkpoint be lost, the last epoch's weights stay, and its record is returned.
     """
     if trainer.saver is not None:
-        trainer.saver.wait()
+        trainer.saver.finish()
     trainer.team.gather(None)  # the other ranks read what rank 0 has just written
     best = [past for past in trainer.epochs if past["best"]][-1]
     if best["step"] != trainer.step:

@@ -13,7 +13,8 @@ from typing import Any
 import psutil
 import torch
 
-from launcher.runs import Journal, Run, Status
+from launcher.journal import Journal
+from launcher.runs import Run, Status
 from launcher.spec import Spec
 from trainers.guards import Team
 
@@ -87,7 +88,7 @@ class Progress:
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self._journal = Journal(run, "progress.jsonl")
+        self._journal = Journal(run.store, "progress.jsonl", every=1.0)
         self._process = psutil.Process()
         self._told = 0.0
         self._mark = (0.0, 0, 0.0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from launcher.errors import SiteError
 from launcher.runs import Run
 from launcher.spec import Spec
-from trainers import checkpoint, export, guards, optim
+from trainers import checkpoint, export, guards, optim, resume
 from trainers.data.augment import EvalTransform, TrainTransform
 from trainers.data.index import Index
 from trainers.data.loader import Batch, Loader, Step
@@ -85,8 +85,10 @@ class Trainer:
         self.seconds = {"train": 0.0, "eval": 0.0, "wait": 0.0, "checkpoint": 0.0}
         self.meter = Meter()
         self.step = 0
+        listed = (run.read_json("data_report.json") or {"bad": []})["bad"]
+        self.bad = {item["key"]: item["reason"] for item in listed}
         self.progress = Progress(run) if team.rank == 0 else None
-        self.restore()
+        resume.restore(self)
         self.parallel = self._parallel()
         self.mix = _mix(spec, len(self.index.classes))
         self.stop = guards.StopWatcher(run.cancel_requested, 5.0 if run.uri.startswith("s3://") else 1.0)
@@ -181,18 +183,18 @@ class Trainer:
         self.average_norms()
         tally = self.evaluate("val")
         self.seconds["eval"] += time.monotonic() - began
-        best = max((past["val"]["top1"] for past in self.epochs), default=-1.0)
         summary = tally.summary()
+        best = all(_better(summary, past["val"]) for past in self.epochs)
         record = {
             "epoch": epoch + 1, "step": self.step, "lr": self.meter.lr, "train_loss": train_loss,
             "train_top1": train_top1, "val": summary, "seconds": self.meter.seconds,
             "eval_seconds": time.monotonic() - began, "images_per_second": self.meter.rate(),
-            "data_wait": self.meter.wait_share(), "best": summary["top1"] > best,
+            "data_wait": self.meter.wait_share(), "best": best,
         }  # fmt: skip
         self.epochs.append(record)
         self.meter.next_epoch()
         last = len(self.epochs) >= (self.spec.train.epochs or 1) or self._out_of_patience()
-        if record["best"] or last or (epoch + 1) % self.spec.checkpoint.every_epochs == 0:
+        if best or last or (epoch + 1) % self.spec.checkpoint.every_epochs == 0:
             self.save()
         bad = self.bad_images()
         if self.progress:
@@ -200,11 +202,10 @@ class Trainer:
             self.run.write_json("data_report.json", {"images": len(self.index.table), "bad": bad})
 
     def bad_images(self) -> list[dict[str, str]]:
-        """Key and reason of every image that no rank could read so far, in this attempt or before."""
-        found = {key: reason for bad in self.team.gather(self.loader.bad) for key, reason in bad.items()}
-        before = self.run.read_json("data_report.json") or {"bad": []}
-        found |= {item["key"]: item["reason"] for item in before["bad"]}
-        return [{"key": key, "reason": reason} for key, reason in sorted(found.items())]
+        """Key and reason of every image that no rank could read so far, in this attempt or before; on every rank."""
+        for bad in self.team.gather(dict(self.loader.bad)):
+            self.bad |= bad
+        return [{"key": key, "reason": reason} for key, reason in sorted(self.bad.items())]
 
     # -- what it calls
 
@@ -242,10 +243,11 @@ class Trainer:
         return torch.autocast(self.device.type, kind, enabled=kind is not None)
 
     def average_norms(self) -> None:
-        """Makes the running statistics of batch norm the same on all ranks, so that any rank's evaluation is the run's."""
-        self.team.mean_(list(self._norm_buffers().values()))
+        """Makes the running statistics of batch norm the same on all ranks, as evaluation needs it."""
+        self.team.mean_(list(self.norm_buffers().values()))
 
-    def _norm_buffers(self) -> dict[str, torch.Tensor]:
+    def norm_buffers(self) -> dict[str, torch.Tensor]:
+        """The running statistics of batch norm, by name; those of the moving average begin with `ema.`."""
         named = dict(self.model.named_buffers())
         if self.ema is not None:
             named |= {f"ema.{key}": buffer for key, buffer in self.ema.module.named_buffers()}
@@ -255,60 +257,11 @@ class Trainer:
 
     def save(self) -> None:
         """Hands the state of all ranks to the writer; training goes on at once."""
-        norms = _copies(self._norm_buffers())
-        ranks = self.team.gather((norms, self.meter.state()))
-        if self.saver is None:
-            self.control.saved()
-            return
-        tensors = {"weights": _copies(self.model.state_dict()), "optimizer": self._momentum()}
-        if self.ema is not None:
-            tensors["ema"] = _copies(self.ema.module.state_dict())
-        # The statistics differ between ranks within an epoch; each rank gets its own back.
-        tensors["norms"] = {key: torch.stack([norms[key] for norms, _ in ranks]) for key in norms}
-        values = {
-            "epochs": self.epochs, "world": self.team.world, "meters": [meter for _, meter in ranks],
-            "seconds": self.seconds | {"checkpoint": self.saver.seconds}, "scaler": self.scaler.state_dict(),
-            "spec": self.spec.model_dump(mode="json"),
-        }  # fmt: skip
-        snapshot = checkpoint.Snapshot(self.step, self.spec.fingerprint(), tensors, values)
-        best = [past["step"] for past in self.epochs if past["best"]]
-        self.saver.save(snapshot, best[-1] if best else None)
+        snapshot = resume.capture(self)
+        if self.saver is not None and snapshot is not None:
+            best = [past["step"] for past in self.epochs if past["best"]]
+            self.saver.save(snapshot, best[-1] if best else None)
         self.control.saved()
-
-    def restore(self) -> None:
-        """Takes over the newest whole checkpoint of the run."""
-        snapshot = checkpoint.load_latest(self.run.store, lambda what: log.warning("skipped a checkpoint: %s", what))
-        if snapshot is None:
-            raise SiteError("no whole checkpoint is left, not even the first", where=self.run.uri,
-                            hint="launch a new run")  # fmt: skip
-        if snapshot.step and snapshot.fingerprint != self.spec.fingerprint():
-            raise SiteError("the newest checkpoint was made by another spec", where=self.run.uri,
-                            hint="spec.json was edited by hand: restore it, or launch a new run")  # fmt: skip
-        self.model.load_state_dict(snapshot.tensors["weights"])
-        if self.ema is not None:
-            self.ema.module.load_state_dict(snapshot.tensors.get("ema", snapshot.tensors["weights"]))
-        self.step = snapshot.step
-        if snapshot.step == 0:
-            return
-        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        for group in self.optimizer.param_groups:
-            for parameter in group["params"]:
-                momentum = snapshot.tensors["optimizer"].get(names[id(parameter)])
-                if momentum is not None:
-                    # Like the parameter, so that NHWC stays NHWC.
-                    self.optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(momentum)
-        values = snapshot.values
-        same = values["world"] == self.team.world
-        for key, buffer in self._norm_buffers().items():
-            rows = snapshot.tensors["norms"][key]
-            buffer.copy_(rows[self.team.rank] if same else rows.mean(0))
-        self.epochs, self.seconds = values["epochs"], values["seconds"]
-        self.meter.restore(values["meters"], self.team.rank, same=same)
-        self.scaler.load_state_dict(values["scaler"])
-
-    def _momentum(self) -> dict[str, torch.Tensor]:
-        states = {name: self.optimizer.state.get(parameter, {}) for name, parameter in self.model.named_parameters()}
-        return _copies({name: state["momentum_buffer"] for name, state in states.items() if "momentum_buffer" in state})
 
     def _saved(self, step: int, seconds: float) -> None:
         if self.progress:
@@ -354,9 +307,10 @@ class Trainer:
         model: Any = self.model
         if self.team.world > 1:
             devices = [self.device] if self.device.type == "cuda" else None
-            # Statistics of batch norm are averaged before each evaluation instead of sent before each step.
+            # Every rank has loaded the same checkpoint, and its own statistics of batch norm, which are averaged before
+            # each evaluation instead of being sent before each step.
             model = DistributedDataParallel(
-                model, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False
+                model, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False, init_sync=False
             )
         return torch.compile(model) if self.spec.train.compile else model
 
@@ -384,7 +338,7 @@ class Trainer:
         """Waits for the last checkpoint and ends the background work."""
         self.stop.close()
         if self.saver is not None:
-            self.saver.wait()
+            self.saver.finish()
         if self.progress:
             self.progress.close()
 
@@ -402,6 +356,11 @@ def _device(spec: Spec) -> torch.device:
     return device
 
 
+def _better(one: dict[str, float], other: dict[str, float]) -> bool:
+    """By top-1; among equals by loss, which tells more than a coin does."""
+    return (one["top1"], -one["loss"]) > (other["top1"], -other["loss"])
+
+
 def _ema(model: nn.Module, decay: float) -> Any:
     from timm.utils import ModelEmaV3
 
@@ -417,11 +376,3 @@ def _mix(spec: Spec, classes: int) -> Any:
     if spec.augment.cutmix:
         mixers.append(v2.CutMix(alpha=spec.augment.cutmix, num_classes=classes))
     return v2.RandomChoice(mixers) if mixers else None
-
-
-def _copies(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Contiguous copies on the host, which training does not change any more."""
-    return {
-        key: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-        for key, tensor in tensors.items()
-    }

@@ -12,7 +12,8 @@ from importlib.util import find_spec
 
 from launcher.catalog import cache_folder
 from launcher.errors import BugError, NotFinishedError, SiteError, UserError
-from launcher.runs import Lines, Run, State, Status, all_runs
+from launcher.journal import Lines
+from launcher.runs import Run, State, Status, all_runs
 
 START_SECONDS = 30.0
 """A supervisor that does not hold the run by then has failed."""
@@ -62,7 +63,7 @@ class LocalBackend:
             for entry in run.store.list("logs/"):
                 source = entry.key.removeprefix("logs/").partition(".log")[0]
                 if not only or source == only:
-                    readers.setdefault(source, Lines(run, f"logs/{source}.log"))
+                    readers.setdefault(source, Lines(run.store, f"logs/{source}.log"))
             for source, lines in readers.items():
                 for line in lines.new():
                     yield source, line

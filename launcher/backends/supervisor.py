@@ -18,7 +18,8 @@ from typing import IO
 import psutil
 
 from launcher.errors import BugError, InfrastructureError, LaunchError
-from launcher.runs import Journal, Owner, Run, Status
+from launcher.journal import Journal, open_journal
+from launcher.runs import Owner, Run, Status
 
 STRIKES = 3
 GRACE_SECONDS = 60.0
@@ -84,7 +85,7 @@ class Supervisor:
                     hint=f"is the memory enough? dmesg shows kills by the kernel; launch resume {self.run.name}"))  # fmt: skip
                 return
             self.run.update(status=Status.RECOVERING, reason=f"the driver was killed ({died})")
-            journal = Journal(self.run, "events.jsonl", every=0.0)
+            journal = Journal(self.run.store, "events.jsonl")
             journal.write("retry", error={"what": f"the driver was killed ({died})"}, step=self.run.latest_step())
             journal.close()
 
@@ -123,14 +124,10 @@ class Supervisor:
             return None
 
     def _store_output(self, stream: IO[bytes]) -> None:
-        out = self.run.store.append("logs/driver.log")
-        every = 5.0 if self.run.uri.startswith("s3://") else 0.0
-        flushed = 0.0
+        out = open_journal(self.run.store, "logs/driver.log")
         for line in stream:
             out.write(line)
-            if time.monotonic() - flushed >= every:
-                out.flush()
-                flushed = time.monotonic()
+            out.flush()
         out.close()
 
     def _confirm(self, owner: Owner) -> None:

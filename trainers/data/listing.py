@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from launcher.errors import DataError, UserError, nearest
-from launcher.storage import Entry, LocalStore, S3Store, Store, file_tag, open_store
+from launcher.s3 import S3Store
+from launcher.storage import Entry, LocalStore, Store, file_tag, open_store
 
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif"})
 MANIFEST_SUFFIXES = frozenset({"csv", "jsonl", "parquet"})

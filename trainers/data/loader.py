@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from launcher.errors import DataError
+from launcher.errors import BadImagesError, DataError
 from trainers.data.augment import EvalTransform, Pixels, TrainTransform
 from trainers.data.images import BadImage, decode
 from trainers.data.index import Index
@@ -221,10 +221,10 @@ class _Filling:
         return self._pixels[self._kept], self._rows[self._kept]
 
 
-def _too_many_bad(index: Index, bad: dict[str, str]) -> DataError:
+def _too_many_bad(index: Index, bad: dict[str, str]) -> BadImagesError:
     """The error that ends a run with more unreadable images than it allows."""
     named = [f"{key} ({reason})" for key, reason in bad.items()]
-    return DataError(
+    return BadImagesError(
         f"too many images cannot be read, {len(bad)} so far: {few(named, 3)}", where=index.uri,
         hint="data_report.json in the run directory names all; mend them, or raise data.max_bad_fraction",
     )  # fmt: skip
