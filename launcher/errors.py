@@ -7,6 +7,7 @@ the trip from a worker to the run directory and back as a plain record. Nothing 
 from __future__ import annotations
 
 import difflib
+import unicodedata
 from collections.abc import Iterable
 from enum import IntEnum
 from typing import Any, ClassVar
@@ -138,3 +139,10 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """`did you mean X?` for the known word nearest to `word`, or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f"did you mean {close[0]}?" if close else ""
+
+
+def printable(text: str) -> str:
+    """The text with what would steer a terminal spelled out: names of files and classes may hold any character."""
+    return "".join(
+        repr(char)[1:-1] if unicodedata.category(char) in ("Cc", "Cs") and char != "\n" else char for char in text
+    )

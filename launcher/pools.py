@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 from dataclasses import dataclass
+from pathlib import Path
 
 from launcher.errors import NotFoundError
 
@@ -36,12 +38,21 @@ def this_machine() -> Pool:
     """The machine the command runs on: the CPUs it may use and the GPUs that are visible."""
     import psutil
 
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     gpus = _nvidia_gpus()
     return Pool(
-        "local", cpus, psutil.virtual_memory().total, len(gpus), gpus[0][0] if gpus else "",
+        "local", _cpus(), psutil.virtual_memory().total, len(gpus), gpus[0][0] if gpus else "",
         bool(gpus) and all(capability >= 8 for _, capability in gpus),
     )  # fmt: skip
+
+
+def _cpus(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """The cores this process may use: in a container often fewer than it sees."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        share, period = quota.read_text().split()
+        return max(1, min(cpus, math.ceil(int(share) / int(period))))
+    except (OSError, ValueError):  # no cgroup, or `max`: no limit
+        return cpus
 
 
 def _nvidia_gpus() -> list[tuple[str, float]]:
@@ -60,4 +71,5 @@ def _nvidia_gpus() -> list[tuple[str, float]]:
             for row in rows
             if row[0] in wanted or any(row[1].startswith(item) for item in wanted if item[:1] == "G")
         ]
-    return [(row[2], float(row[3])) for row in rows]
+    # An old driver does not know the capability.
+    return [(row[2], float(row[3]) if row[3][:1].isdigit() else 0.0) for row in rows]

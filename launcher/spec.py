@@ -95,6 +95,12 @@ class Optim(_Section):
     label_smoothing: Fraction = _field(0.1, "Label smoothing.", "Szegedy et al. 2016; helps against wrong labels too")
     ema_decay: Fraction = _field(0.0, "Decay of the moving average of weights; 0 is off.", "short runs gain little")
 
+    @model_validator(mode="after")
+    def _nesterov_needs_momentum(self) -> Optim:
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov needs a momentum above 0; set optim.nesterov=false for plain SGD")
+        return self
+
 
 class Train(_Section):
     """The length and the arithmetic of the run."""
@@ -191,7 +197,7 @@ class Spec(_Section):
         batch, parts, workers = self.train.batch_size, self.train.accumulate, self.resources.workers or 1
         if batch is not None and batch < parts * workers:
             raise ValueError(
-                f"train.batch_size {batch} is less than one image for each of {workers} workers x {parts} parts"
+                f"train.batch_size: {batch} is less than one image for each of {workers} workers x {parts} parts"
             )
         return self
 

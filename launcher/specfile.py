@@ -1,4 +1,4 @@
-"""From a YAML file, flags and `--set` to a Spec, with every mistake told at once.
+"""From a YAML file, flags and `--set` to a Spec, with every mistake told at once; and back to YAML.
 
 YAML is read in its 1.2 core sense (`1e-3` is a number, `no` is a text), without aliases and tags; a key that stands
 twice is an error. Nothing here opens anything but the one spec file.
@@ -18,10 +18,22 @@ from pydantic import ValidationError
 from launcher.errors import UserError, nearest
 from launcher.spec import Spec, fields
 
+SECTIONS = tuple(dict.fromkeys(key.partition(".")[0] for key in fields() if "." in key))
+
+_PAIR = "should be two numbers, as in [0.5, 1.0]"
+_MESSAGES = {
+    "bool_type": "should be true or false",
+    "missing": _PAIR,
+    "too_long": _PAIR,
+    "tuple_type": "should be a list, as in [a, b]",
+    "string_pattern_mismatch": "should be a letter, then up to 39 of a-z, 0-9 and -, the last not a -",
+}
+"""What pydantic calls a mistake -> what we call it, where our words are clearer."""
+
 
 @dataclass
 class Draft:
-    """Values for spec fields as they were given, and where each came from."""
+    """Values for spec fields as they were given, and where each came from. `None` leaves the choice to the plan."""
 
     values: dict[str, Any] = field(default_factory=dict)
     origin: dict[str, str] = field(default_factory=dict)
@@ -29,123 +41,173 @@ class Draft:
 
     def put(self, key: str, value: Any, origin: str) -> None:
         """Sets a field by its dotted name; a later call wins. An unknown name becomes a problem."""
-        if key in fields():
+        if key not in fields():
+            self.problems.append(f"{_at(origin, key)}: {_unknown(key)}")
+        elif not _is_unicode(value):
+            self.problems.append(f"{_at(origin, key)}: is not UTF-8 text")
+        else:
             self.values[key] = value
             self.origin[key] = origin
-        else:
-            close = nearest(key, fields()) or nearest(
-                key.rpartition(".")[2], (name.rpartition(".")[2] for name in fields())
-            )
-            self.problems.append(f"{origin}: {key}: no such field" + (f"; {close}" if close else ""))
+            if value is None:
+                del self.origin[key]
 
     def read(self, path: Path) -> None:
         """Takes over every field of a YAML (or JSON) file."""
         try:
-            root = yaml.compose(path.read_text(encoding="utf-8"), Loader=_Core)
+            root = _compose(path.read_text(encoding="utf-8-sig"))
         except FileNotFoundError:
             raise UserError("there is no such file", where=str(path), hint="launch --data URI needs no file") from None
         except IsADirectoryError:
             raise UserError("this is a folder, not a spec", where=str(path), hint=f"launch --data {path}") from None
         except OSError as error:
-            raise UserError(f"cannot be read: {error.strerror}", where=str(path)) from None
+            raise UserError(f"the file cannot be read: {error.strerror}", where=str(path),
+                            hint="check its owner and mode") from None  # fmt: skip
         except UnicodeDecodeError:
-            raise UserError("is not UTF-8 text", where=str(path), hint=f"launch --data {path}") from None
+            raise UserError("this is not a text in UTF-8", where=str(path), hint="a spec is a YAML file") from None
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
             line = f"{path}:{mark.line + 1}" if mark else str(path)
-            raise UserError(f"not valid YAML: {getattr(error, 'problem', error)}", where=line) from None
+            raise UserError(f"not valid YAML: {_problem(error)}", where=line, hint="mend this line") from None
         if root is not None:
-            self._section(root, "", str(path))
+            self._section(root, "", str(path), set())
 
     def assign(self, text: str) -> None:
         """Takes over one `--set a.b=c`; c is YAML, so `[a, b]` is a list and `null` hands the choice to the plan."""
         key, equals, value = text.partition("=")
+        key = key.strip()
         if not equals:
             self.problems.append(f"--set {text}: write --set section.field=value")
             return
         try:
-            node = yaml.compose(value, Loader=_Core)
+            node = _compose(value)
         except yaml.YAMLError as error:
-            self.problems.append(f"--set {text}: {getattr(error, 'problem', error)}")
+            self.problems.append(f"--set {key}: not valid YAML: {_problem(error)}")
             return
-        self.put(key.strip(), None if node is None else self._plain(node, f"--set {key}"), f"--set {key.strip()}")
+        self._put_node(key, node, f"--set {key}")
 
     def spec(self) -> Spec:
         """The spec, or one `UserError` that lists everything that is wrong."""
         document: dict[str, Any] = {}
         for key, value in self.values.items():
-            section, _, name = key.rpartition(".")
-            (document.setdefault(section, {}) if section else document)[name] = value
+            if value is not None:
+                section, _, name = key.rpartition(".")
+                (document.setdefault(section, {}) if section else document)[name] = value
+        problems = list(self.problems)
         try:
             spec = Spec.model_validate_json(json.dumps(document))
         except ValidationError as error:
-            self.problems += [self._explain(item) for item in error.errors(include_url=False)]
-        if self.problems:
-            count = f"{len(self.problems)} mistakes" if len(self.problems) > 1 else "a mistake"
-            raise UserError(
-                f"{count} in the spec:\n" + "\n".join(f"  {problem}" for problem in self.problems),
-                hint="launch schema prints every field",
-            )
+            problems += [self._explain(item) for item in error.errors(include_url=False)]
+        if problems:
+            count = f"{len(problems)} mistakes" if len(problems) > 1 else "a mistake"
+            raise UserError(f"{count} in the spec:\n" + "\n".join(f"  {problem}" for problem in problems),
+                            hint="launch schema prints every field")  # fmt: skip
         return spec
 
-    def _section(self, node: yaml.Node, prefix: str, path: str) -> None:
-        where = f"{path}:{node.start_mark.line + 1}"
+    def _section(self, node: yaml.Node, prefix: str, path: str, seen: set[str]) -> None:
         if not isinstance(node, yaml.MappingNode):
-            self.problems.append(f"{where}: {prefix.rstrip('.') or 'the file'}: should be `key: value` lines")
+            name = prefix.rstrip(".") or "the file"
+            self.problems.append(f"{path}:{node.start_mark.line + 1}: {name}: should be `key: value` lines")
             return
-        seen: set[str] = set()
-        sections = {key.partition(".")[0] for key in fields() if "." in key}
         for key_node, value in node.value:
-            key = prefix + str(key_node.value)
             line = f"{path}:{key_node.start_mark.line + 1}"
+            if not isinstance(key_node, yaml.ScalarNode):
+                self.problems.append(f"{line}: a key should be a name")
+                continue
+            key = prefix + str(key_node.value)
             if key in seen:
                 self.problems.append(f"{line}: {key}: stands twice")
             seen.add(key)
-            if key in sections:
-                self._section(value, f"{key}.", path)
-            elif not prefix and key not in fields() and (close := nearest(key, sections)):
-                self.problems.append(f"{line}: {key}: no such field; {close}")
+            if key in SECTIONS:
+                # A section of which every line is commented out says nothing.
+                if value.tag != _NULL:
+                    self._section(value, f"{key}.", path, seen)
+            elif not prefix and isinstance(value, yaml.MappingNode):
+                close = nearest(key, SECTIONS) or f"the sections are {', '.join(SECTIONS)}"
+                self.problems.append(f"{line}: {key}: no such section; {close}")
             else:
-                self.put(key, self._plain(value, line), line)
+                self._put_node(key, value, line)
 
-    def _plain(self, node: yaml.Node, where: str) -> Any:
-        if isinstance(node, yaml.SequenceNode):
-            return [self._plain(item, where) for item in node.value]
-        if isinstance(node, yaml.MappingNode):
-            self.problems.append(f"{where}: a single value is wanted here, not `key: value` lines")
-            return None
-        return _scalar(node, where, self.problems)
+    def _put_node(self, key: str, node: yaml.Node | None, origin: str) -> None:
+        try:
+            value = None if node is None else _value(node)
+        except ValueError as error:
+            self.problems.append(f"{_at(origin, key)}: {error if key in fields() else _unknown(key)}")
+        else:
+            self.put(key, value, origin)
 
     def _explain(self, item: Any) -> str:
-        key = ".".join(str(part) for part in item["loc"] if isinstance(part, str)) or "spec"
-        if item["type"] == "missing":
-            return f"{key}: is missing; write --data URI" if key.startswith("data") else f"{key}: is missing"
+        key = ".".join(part for part in item["loc"] if isinstance(part, str))
+        if key in ("data", "data.uri") and item["type"] == "missing":
+            return "data.uri: is missing; write --data URI"
         message = item["msg"].removeprefix("Value error, ").removeprefix("Input ")
-        if key == "name":
-            message = "should be at most 40 of a-z, 0-9 and -, starting with a letter"
-        given = "" if item["type"] == "value_error" else f" (is {json.dumps(item['input'])})"
-        origin = self.origin.get(key, "")
-        # A flag's origin already names the field it sets.
-        return (
-            f"{origin}: {key}: {message}{given}"
-            if origin and not origin.endswith(key)
-            else f"{origin or key}: {message}{given}"
-        )
+        if not key:  # a rule that ties several sections together names its field itself
+            return str(message)
+        message = _MESSAGES.get(item["type"], message)
+        if item["type"] != "value_error":
+            given = json.dumps(item["input"], ensure_ascii=False)
+            message += f" (is {given if len(given) <= 60 else given[:57] + '...'})"
+        return f"{_at(self.origin.get(key, ''), key)}: {message}"
 
 
-class _Core(yaml.SafeLoader):
-    """YAML 1.2 core scalars; aliases refused, since a few lines of them can expand to gigabytes."""
-
-    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - the name and type are PyYAML's
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()  # type: ignore[no-untyped-call]
-            raise yaml.composer.ComposerError(None, None, "aliases (*name) are not allowed", event.start_mark)
-        return super().compose_node(parent, index)
+def dump(spec: Spec) -> str:
+    """The spec as YAML that `Draft.read` takes back, and that older readers understand alike."""
+    return yaml.dump(spec.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10_000)
 
 
-for _tag, _pattern, _first in (
+def _at(origin: str, key: str) -> str:
+    """Place and field; the place alone where it names the field already."""
+    return origin if origin.endswith(key) else ": ".join(part for part in (origin, key) if part)
+
+
+def _unknown(key: str) -> str:
+    if key in SECTIONS:
+        return f"this is a section; name a field of it, as in {next(name for name in fields() if name.startswith(key))}"
+    wanted = key.lower().replace("-", "_")
+    last = {name.rpartition(".")[2]: name for name in reversed(fields())}
+    close = nearest(wanted, [last[wanted.rpartition(".")[2]]] if wanted.rpartition(".")[2] in last else ())
+    if not close and wanted.rpartition(".")[2] in last:
+        close = f"did you mean {last[wanted.rpartition('.')[2]]}?"
+    close = close or nearest(wanted, fields())
+    return "no such field" + (f"; {close}" if close else "")
+
+
+def _is_unicode(value: Any) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _value(node: yaml.Node) -> Any:
+    """The node as plain data; `ValueError` says why it is no value of a spec."""
+    if isinstance(node, yaml.SequenceNode):
+        return [_value(item) for item in node.value]
+    if isinstance(node, yaml.MappingNode):
+        raise ValueError("a single value is wanted here, not `key: value` lines")
+    kind, text = node.tag.rpartition(":")[2], str(node.value)
+    if kind == "null":
+        return None
+    if kind == "bool":
+        return text.lower() == "true"
+    if kind in ("int", "float") and ("n" in text.lower() or len(text) > 100):
+        raise ValueError(f"{text[:20]} is not a number for a spec")
+    return {"int": int, "float": float}.get(kind, str)(text)
+
+
+def _compose(text: str) -> yaml.Node | None:
+    try:
+        return yaml.compose(text, Loader=_Core)
+    except RecursionError:
+        raise yaml.YAMLError("nested too deeply") from None
+
+
+def _problem(error: yaml.YAMLError) -> str:
+    return getattr(error, "problem", None) or str(error).partition("\n")[0]
+
+
+_NULL = "tag:yaml.org,2002:null"
+_CORE = (
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
     ("int", r"[-+]?[0-9]+", "-+0123456789"),
     (
@@ -154,21 +216,27 @@ for _tag, _pattern, _first in (
         "-+0123456789.",
     ),
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-):
-    _Core.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), list(_first))
+)
 
 
-def _scalar(node: yaml.Node, where: str, problems: list[str]) -> Any:
-    kind, text = node.tag.rpartition(":")[2], str(node.value)
-    if kind == "str":
-        return text
-    if kind == "null":
-        return None
-    if kind == "bool":
-        return text.lower() == "true"
-    if kind == "int":
-        return int(text)
-    if kind == "float" and "n" not in text.lower():
-        return float(text)
-    problems.append(f"{where}: {text}: not a value for a spec")
-    return None
+class _Core(yaml.SafeLoader):
+    """YAML 1.2 core scalars; aliases refused, since a few lines of them can expand to gigabytes, and tags too."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - the name and type are PyYAML's
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        if isinstance(event, yaml.AliasEvent):
+            raise yaml.composer.ComposerError(None, None, "aliases (*name) are not allowed", event.start_mark)
+        if getattr(event, "tag", None) is not None:
+            raise yaml.composer.ComposerError(None, None, "tags (!name) are not allowed", event.start_mark)
+        return super().compose_node(parent, index)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes every text that either YAML 1.1 or our reader would take for something else."""
+
+
+for _tag, _pattern, _first in _CORE:
+    for _side in (_Core, _Dumper):
+        _side.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), list(_first))

@@ -119,7 +119,7 @@ class Driver:
         workers, batch = spec.resources.workers or 1, spec.train.batch_size or 1
         least = images // -(-images // batch)
         if least < workers:
-            raise UserError(f"a batch of {least} images cannot be shared by {workers} workers", where="train.batch_size",
+            raise UserError(f"{workers} workers cannot share a batch of {least} images", where="train.batch_size",
                             hint="fewer --workers, or a larger --batch-size")  # fmt: skip
         if checkpoint.steps(run.store):
             return

@@ -147,7 +147,7 @@ def non_finite(team: Team, losses: Sequence[float], keys: Sequence[str], step: i
     return NonFiniteLossError(
         f"the loss is not finite at step {step}, learning rate {lr:.4g}: {samples}",
         where="optim.lr",
-        hint="no step was made with it; lower it (--lr), clip (--set optim.clip_norm=1), use fp32, or look at those images",
+        hint="no step was made with it: lower --lr, clip (--set optim.clip_norm=1), or look at those images",
     )
 
 
@@ -163,7 +163,7 @@ def classify(error: BaseException) -> LaunchError:
         return error
     if isinstance(error, torch.OutOfMemoryError):
         return SiteError("the GPU has too little memory for this batch", where="train.batch_size",
-                         hint="--set train.accumulate=2 halves what is needed at once, with the same result")  # fmt: skip
+                         hint="--set train.accumulate=2 halves what is needed at once")  # fmt: skip
     if isinstance(error, MemoryError):
         return SiteError("the machine has too little memory", hint="fewer workers, or a smaller batch")
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

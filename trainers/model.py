@@ -23,7 +23,7 @@ MAX_WEIGHTS_BYTES = 8 * 1024**3
 
 @dataclass(frozen=True)
 class Preprocess:
-    """How an image becomes the model's input: short side to `image_size / crop_pct`, centre crop, mean and std (0..1)."""
+    """How an image becomes the model's input: resized, cropped to the centre, normalised (mean, std: 0..1)."""
 
     image_size: int
     crop_pct: float
@@ -88,9 +88,10 @@ def freeze(model: nn.Module, names: Iterable[str]) -> list[nn.Module]:
             try:
                 module = model.get_submodule(name)
             except AttributeError:
-                known = [key for key, _ in model.named_modules() if key]
-                raise UserError(f"{name} is no module of the model; {nearest(name, known)}", where="model.freeze",
-                                hint=f"its parts are: {', '.join(key for key, _ in model.named_children())}") from None  # fmt: skip
+                close = nearest(name, (key for key, _ in model.named_modules()))
+                parts = ", ".join(key for key, _ in model.named_children())
+                raise UserError(f"the model has no module {name}" + (f"; {close}" if close else ""),
+                                where="model.freeze", hint=f"its parts: {parts}") from None  # fmt: skip
             module.requires_grad_(False)
             frozen += list(module.modules())
     if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -112,7 +113,7 @@ def _from_hub(model: Model) -> dict[str, torch.Tensor]:
         raise SiteError(
             f"the weights of {model.name} cannot be had from the timm hub ({type(error).__name__}: "
             f"{str(error).strip().splitlines()[0][:200] if str(error).strip() else 'no reason given'})",
-            where="model.pretrained", hint="--pretrained FILE with weights you have, or --pretrained none to train anew",
+            where="model.pretrained", hint="--pretrained FILE with weights you have, or none to train anew",
         ) from error  # fmt: skip
     weights: dict[str, torch.Tensor] = source.state_dict()
     return weights
@@ -138,7 +139,7 @@ def _from_file(source: str) -> dict[str, torch.Tensor]:
             raise
         except Exception as error:  # torch, pickle and safetensors each have their own errors for a foreign file
             raise UserError(f"this is not a file of weights ({type(error).__name__})", where=source,
-                            hint="give a .safetensors file, or a .pth that holds nothing but tensors") from error  # fmt: skip
+                            hint="give a .safetensors, or a .pth with nothing but tensors") from error  # fmt: skip
     return weights
 
 

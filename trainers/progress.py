@@ -107,8 +107,9 @@ class Progress:
         seconds, images, waited = self._mark if self._mark[0] <= meter.seconds else (0.0, 0, 0.0)
         span = max(meter.seconds - seconds, 1e-9)
         self._journal.write(
-            "step", epoch=epoch, step=step, of=steps, at=step - (epoch - 1) * steps, batch=batch, loss=round(meter.loss(), 5), lr=meter.lr,
-            images_per_second=round((meter.images - images) / span, 2), data_wait=round((meter.waited - waited) / span, 4),
+            "step", epoch=epoch, step=step, of=steps, at=step - (epoch - 1) * steps, batch=batch,
+            loss=round(meter.loss(), 5), lr=meter.lr, images_per_second=round((meter.images - images) / span, 2),
+            data_wait=round((meter.waited - waited) / span, 4),
             memory=self._process.memory_info().rss,
             gpu_memory=torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0,
         )  # fmt: skip

@@ -1,4 +1,7 @@
-"""What of a trainer a checkpoint holds, and how a trainer takes it up again: on CPU, bit for bit at the same world size."""
+"""What of a trainer a checkpoint holds, and how a trainer takes it up again.
+
+On a CPU, and at the same world size, what follows is bit for bit what would have followed without the interruption.
+"""
 
 from __future__ import annotations
 

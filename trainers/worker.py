@@ -100,6 +100,7 @@ class Trainer:
     def train(self) -> str:
         """Every epoch that is left, then the final evaluation and the export."""
         self.first_step = time.time()
+        log.info("rank %d of %d on %s, from step %d", self.team.rank, self.team.world, self.device, self.step)
         if self.progress:
             self.progress.start(self.step, self.loader.steps, self.spec, self.team.world, str(self.device))
         while len(self.epochs) < (self.spec.train.epochs or 1) and not self._out_of_patience():
@@ -192,6 +193,7 @@ class Trainer:
             "data_wait": self.meter.wait_share(), "best": best,
         }  # fmt: skip
         self.epochs.append(record)
+        log.info("epoch %d: loss %.4f, val top-1 %.4f, %.1f s", epoch + 1, train_loss, summary["top1"], self.meter.seconds)
         self.meter.next_epoch()
         last = len(self.epochs) >= (self.spec.train.epochs or 1) or self._out_of_patience()
         if best or last or (epoch + 1) % self.spec.checkpoint.every_epochs == 0:
@@ -350,7 +352,7 @@ def _device(spec: Spec) -> torch.device:
 
     if not torch.cuda.is_available():
         raise SiteError("torch sees no GPU", where="resources.gpus_per_worker",
-                        hint="nvidia-smi shows the driver; --set resources.gpus_per_worker=0 trains on the CPU")  # fmt: skip
+                        hint="check nvidia-smi; --set resources.gpus_per_worker=0 trains on the CPU")  # fmt: skip
     device: torch.device = get_device()
     torch.cuda.set_device(device)
     return device

@@ -34,13 +34,13 @@ class LocalBackend:
         # The driver starts its own Ray; one that happens to be named in the environment is not asked.
         environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
         with open(log, "wb") as out:
-            process = subprocess.Popen(
+            subprocess.run(
                 [sys.executable, "-m", "launcher.backends.supervisor", run.uri],
-                stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True, env=environment,
+                stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environment, check=False,
             )  # fmt: skip
         deadline = time.monotonic() + START_SECONDS
         while run.owner() is None and not run.state().status.final:
-            if process.poll() is not None or time.monotonic() > deadline:
+            if time.monotonic() > deadline:
                 raise BugError("the supervisor did not start", where=str(log), hint=f"launch resume {run.name}")
             time.sleep(0.05)
 

@@ -30,6 +30,10 @@ PR_SET_CHILD_SUBREAPER = 36
 
 def main() -> None:
     """Entry point."""
+    # The caller gets its process back at once; this one belongs to nobody, and no terminal's end reaches it.
+    if os.fork():
+        os._exit(0)
+    os.setsid()
     run = Run.at(sys.argv[1])
     if run.owner() is not None:
         sys.exit(f"{run.uri} is driven by another process")
@@ -82,7 +86,7 @@ class Supervisor:
             if strikes >= STRIKES:
                 self._fail(InfrastructureError(
                     f"the driver was killed ({died}) {STRIKES} times without a new checkpoint", where="driver",
-                    hint=f"is the memory enough? dmesg shows kills by the kernel; launch resume {self.run.name}"))  # fmt: skip
+                    hint=f"dmesg tells if memory ran out; launch resume {self.run.name}"))  # fmt: skip
                 return
             self.run.update(status=Status.RECOVERING, reason=f"the driver was killed ({died})")
             journal = Journal(self.run.store, "events.jsonl")
