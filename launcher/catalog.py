@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import json, timm
 def facts(name):
     cfg = timm.get_pretrained_cfg(name)
     return {"size": cfg.input_size[-1], "fixed": bool(cfg.fixed_input_size), "weights": bool(cfg.has_weights)}
-print(json.dumps({name: facts(name) for name in timm.list_models()}))
+print(json.dumps({name: facts(name) for name in [*timm.list_models(), *timm.list_pretrained()]}))
 """
 
 
@@ -35,12 +36,11 @@ def model_facts(name: str) -> dict[str, Any]:
     Raises `UserError` with the nearest name when timm has no such model.
     """
     models = _models()
-    bare = name.partition(".")[0]
-    if models and bare not in models:
-        close = nearest(bare, models)
+    if models and name not in models:
+        close = nearest(name, models)
         raise UserError(f"timm has no model {name}" + (f"; {close}" if close else ""), where="model.name",
                         hint="python -c 'import timm; print(*timm.list_models(), sep=\"\\n\")' lists all")  # fmt: skip
-    facts: dict[str, Any] = models.get(bare, {})
+    facts: dict[str, Any] = models.get(name, {})
     return facts
 
 
@@ -49,7 +49,7 @@ def _models() -> dict[str, Any]:
         version = importlib.metadata.version("timm")
     except importlib.metadata.PackageNotFoundError:
         return {}
-    path = cache_folder() / f"timm-{version}.json"
+    path = cache_folder() / f"models-timm-{version}.json"
     models: dict[str, Any]
     try:
         models = json.loads(path.read_text())
@@ -60,8 +60,9 @@ def _models() -> dict[str, Any]:
         if listed.returncode:
             return {}
         models = json.loads(listed.stdout)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}")
-        temporary.write_text(listed.stdout)
-        temporary.replace(path)
+        with suppress(OSError):  # without a cache it is made anew the next time
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_suffix(f".{os.getpid()}")
+            temporary.write_text(listed.stdout)
+            temporary.replace(path)
     return models

@@ -5,18 +5,17 @@ Everything beyond click is imported by the command that needs it, so that help i
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from launcher import __version__, manage
-from launcher.errors import Exit, LaunchError, UserError
+from launcher.errors import Exit, LaunchError, SiteError, UserError, closest, printable
 
 if TYPE_CHECKING:
     from launcher.plan import Plan
@@ -45,39 +44,51 @@ class Commands(click.Group):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         first = args[0] if args else ""
         if first and first not in self.commands and first not in ("--help", "-h", "--version"):
-            if (
-                not first.startswith("-")
-                and not Path(first).exists()
-                and not first.endswith((".yaml", ".yml", ".json"))
-            ):
-                close = difflib.get_close_matches(first, self.commands, 1)
-                raise click.UsageError(
-                    f"there is no command or spec file {first!r}"
-                    + (f"; did you mean `launch {close[0]}`?" if close else "; `launch --help` lists the commands"), ctx,
-                )  # fmt: skip
+            if not first.startswith("-"):
+                _check_spec_file(first, self.commands)
             args = ["run", *args]
         return super().parse_args(ctx, args)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
+        """In the order in which they are needed."""
+        return list(self.commands)
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().main(*args, **kwargs)
+        except LaunchError as error:
+            _fail(error)
+        except Exception as error:
+            _bug(error)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except LaunchError as error:
-            _fail(error)
         except BrokenPipeError:
             # The reader of a pipe (head, less) went away: not an error of ours, and nothing more can be said.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(Exit.DONE)
-        except (click.ClickException, click.exceptions.Exit, click.Abort, KeyboardInterrupt):
-            raise
-        except Exception as error:
-            _bug(error)
+        except (KeyboardInterrupt, click.Abort):
+            click.echo("\ninterrupted", err=True)
+            sys.exit(Exit.INTERRUPTED)
+
+
+def _check_spec_file(name: str, commands: Iterable[str]) -> None:
+    """What stands where a command or a spec file should: tells a typo, and data, from a file."""
+    path = Path(name)
+    if "://" in name or path.is_dir() or name.endswith((".csv", ".jsonl", ".parquet")):
+        raise UserError("this is data, not a spec file", where=name, hint=f"launch --data {name}")
+    if not path.exists() and not name.endswith((".yaml", ".yml", ".json")):
+        close = closest(name, commands)
+        hint = f"did you mean launch {close}?" if close else "launch --help lists the commands"
+        raise UserError(f"there is no command or spec file {name}", hint=hint)
 
 
 def _fail(error: LaunchError) -> NoReturn:
     where = f"{error.where}: " if error.where else ""
-    click.echo(f"{click.style('error', fg='red', bold=True)}: {where}{error.what}", err=True)
+    click.echo(f"{click.style('error', fg='red', bold=True)}: {printable(where + error.what)}", err=True)
     if error.hint:
-        click.echo(f"{click.style('next', bold=True)}:  {error.hint}", err=True)
+        click.echo(f"{click.style('next', bold=True)}:  {printable(error.hint)}", err=True)
     sys.exit(error.exit_code)
 
 
@@ -87,7 +98,7 @@ def _bug(error: Exception) -> NoReturn:
 
     with tempfile.NamedTemporaryFile("w", prefix="raylaunch-", suffix=".txt", delete=False) as file:
         file.write("".join(traceback.format_exception(error)))
-    click.echo(f"error: a bug in raylaunch: {type(error).__name__}: {error}", err=True)
+    click.echo(f"error: a bug in raylaunch: {type(error).__name__}: {printable(str(error))}", err=True)
     click.echo(f"next:  please report it with {file.name}; runs that were started go on", err=True)
     sys.exit(Exit.BUG)
 
@@ -148,7 +159,11 @@ def run(
     here.create(plan.spec, plan.to_json())
     if index is not None:
         index.save(here.store)
-    _start(here, pool.name, detach, output)
+    try:
+        _start(here, pool.name, detach, output)
+    except SiteError:
+        here.delete()  # nothing was started: the name is free again
+        raise
 
 
 def _take(draft: Draft, flags: dict[str, Any], sets: tuple[str, ...]) -> None:
@@ -173,24 +188,28 @@ def _show_plan(plan: Plan, here: Run) -> None:
 
 
 def _print_dry_run(plan: Plan, here: Run, output: str) -> None:
-    import yaml
-
     from launcher import show
+    from launcher.specfile import dump
 
     show.plan_table(plan, here.uri, manage.console(), every=True)
     if output == "json":
-        click.echo(json.dumps(plan.to_json(), indent=1))
+        click.echo(json.dumps({"spec": plan.spec.model_dump(mode="json"), **plan.to_json()}, indent=1))
     else:
-        click.echo(yaml.safe_dump(plan.spec.model_dump(mode="json"), sort_keys=False), nl=False)
+        click.echo(dump(plan.spec), nl=False)
 
 
 def _start(here: Run, pool: str, detach: bool, output: str) -> None:
     from launcher.backends import backend
 
     engine = backend(pool)
-    engine.submit(here)
+    try:
+        engine.submit(here)
+    except KeyboardInterrupt:
+        manage.detached(here)
     if detach:
-        click.echo(f"{here.name} is running; launch attach {here.name}{manage.storage_hint(here)} watches it", err=True)
+        from launcher.show import typed
+
+        click.echo(f"{here.name} is running; launch attach {typed(here)} watches it", err=True)
         if output == "json":
             click.echo(json.dumps(manage.summary(here, engine.status(here)), indent=1))
         return
@@ -214,7 +233,7 @@ def resume(name: str, detach: bool, storage: str | None, output: str, sets: tupl
     engine = backend("local")
     state = engine.status(here)
     if not state.status.final:
-        raise UserError(f"{name} is {state.status.lower()}", where=here.uri, hint=f"launch attach {name}")
+        raise UserError(f"{name} is {state.status.lower()}", where=here.uri, hint=f"launch attach {name} watches it")
     draft = Draft()
     _take(draft, flags, sets)
     pool = pools.find_pool("local")

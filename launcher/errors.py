@@ -7,7 +7,7 @@ the trip from a worker to the run directory and back as a plain record. Nothing 
 from __future__ import annotations
 
 import difflib
-import unicodedata
+import re
 from collections.abc import Iterable
 from enum import IntEnum
 from typing import Any, ClassVar
@@ -135,14 +135,21 @@ def from_record(record: dict[str, str]) -> LaunchError:
     return kind(record.get("what", "unknown error"), where=record.get("where", ""), hint=record.get("hint", ""))
 
 
+_STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Control characters, marks that change the direction of writing, and halves of characters."""
+
+
+def closest(word: str, known: Iterable[str]) -> str:
+    """The known word nearest to `word`, or an empty string if none is near."""
+    return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)), "")
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """`did you mean X?` for the known word nearest to `word`, or an empty string."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f"did you mean {close[0]}?" if close else ""
+    close = closest(word, known)
+    return f"did you mean {close}?" if close else ""
 
 
 def printable(text: str) -> str:
     """The text with what would steer a terminal spelled out: names of files and classes may hold any character."""
-    return "".join(
-        repr(char)[1:-1] if unicodedata.category(char) in ("Cc", "Cs") and char != "\n" else char for char in text
-    )
+    return _STEERING.sub(lambda found: ascii(found[0])[1:-1], text)

@@ -6,20 +6,23 @@ What these need is in the run directory; none of them trains, and none but `pred
 from __future__ import annotations
 
 import json
+import os
 import sys
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from launcher.errors import Exit, NotFinishedError, SiteError, UserError
+from launcher.errors import Exit, LaunchError, NotFinishedError, NotFoundError, SiteError, UserError, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from launcher.backends import Backend
     from launcher.runs import Run, State
+    from launcher.storage import Store
 
 storage_option = click.option(
     "--storage", help="Folder or s3:// prefix of the runs.  [default: $RAYLAUNCH_STORAGE or ~/raylaunch]"
@@ -28,11 +31,14 @@ output_option = click.option("-o", "--output", type=click.Choice(["table", "json
 name_argument = click.argument("name", shell_complete=lambda ctx, _param, part: _complete(ctx, part))
 
 
-def console() -> Console:
-    """The console for people; what scripts read goes to stdout instead."""
+def console(*, stderr: bool = True) -> Console:
+    """The console for people: stderr, unless a person asked for what is printed; then a script may read it."""
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False)
+    made = Console(stderr=stderr, highlight=False)
+    if not made.is_terminal and "COLUMNS" not in os.environ:
+        made.width = 200  # nothing says how wide a file is, and rich would break lines at 80
+    return made
 
 
 def watch(here: Run, engine: Backend, output: str) -> NoReturn:
@@ -44,19 +50,20 @@ def watch(here: Run, engine: Backend, output: str) -> NoReturn:
     try:
         state = show.Viewer(here, engine, out).watch()
     except KeyboardInterrupt:
-        name = f"{here.name}{storage_hint(here)}"
-        out.print(f"detached; {here.name} goes on", soft_wrap=True)
-        out.print(f"  next    launch attach {name} comes back, launch cancel {name} stops it", soft_wrap=True)
-        sys.exit(Exit.INTERRUPTED)
+        detached(here)
     if output == "json":
         click.echo(json.dumps(summary(here, state), indent=1))
     show.end(here, state, out)
     sys.exit(from_record(state.error).exit_code if state.error else state.status.exit_code)
 
 
-def storage_hint(here: Run) -> str:
-    """The option that other commands need to find the run, if it does not lie in the default place."""
-    return "" if here.storage == _where(None) else f" --storage {here.storage}"
+def detached(here: Run) -> NoReturn:
+    """Says that the run goes on without us, and how to come back."""
+    from launcher.show import typed
+
+    click.echo(f"\ndetached; {here.name} goes on", err=True)
+    click.echo(f"next:  launch attach {typed(here)} comes back, launch cancel {typed(here)} stops it", err=True)
+    sys.exit(Exit.INTERRUPTED)
 
 
 def summary(here: Run, state: State) -> dict[str, Any]:
@@ -84,7 +91,9 @@ def _where(storage: str | None) -> str:
 def _complete(ctx: click.Context, part: str) -> list[str]:
     from launcher.runs import all_runs
 
-    return [item.name for item in all_runs(_where(ctx.params.get("storage"))) if item.name.startswith(part)]
+    with suppress(LaunchError):  # a prompt is no place for an error
+        return [item.name for item in all_runs(_where(ctx.params.get("storage"))) if item.name.startswith(part)]
+    return []
 
 
 @click.command("list")
@@ -101,11 +110,9 @@ def list_(storage: str | None, output: str) -> None:
     elif not rows:
         click.echo(f"no runs in {where}; launch --data sample://digits makes the first", err=True)
     else:
-        from rich.console import Console
-
         from launcher import show
 
-        show.runs_table(rows, Console(highlight=False))
+        show.runs_table(rows, console(stderr=False))
 
 
 @click.command()
@@ -122,11 +129,9 @@ def status(name: str, storage: str | None, output: str) -> None:
         epochs = here.metrics().get("epochs", [])
         click.echo(json.dumps({**summary(here, state), "epochs": epochs}, indent=1))
     else:
-        from rich.console import Console
-
         from launcher import show
 
-        show.status_text(here, state, Console(highlight=False))
+        show.status_text(here, state, console(stderr=False))
 
 
 @click.command()
@@ -150,6 +155,7 @@ def logs(name: str, follow: bool, rank: int | None, tail: int | None, storage: s
     """Print the logs of a run."""
     import time
     from collections import deque
+    from itertools import takewhile
 
     from launcher.backends import backend
 
@@ -158,30 +164,22 @@ def logs(name: str, follow: bool, rank: int | None, tail: int | None, storage: s
     only = "" if rank is None else f"rank-{rank}"
     if only and not any(here.store.list(f"logs/{only}.log")):
         known = sorted({entry.key.removeprefix("logs/").partition(".log")[0] for entry in here.store.list("logs/")})
-        raise UserError(
-            f"there is no log of rank {rank}", where=here.uri, hint=f"logs: {', '.join(known) or 'none yet'}"
-        )
+        raise UserError(f"there is no log of rank {rank}", where=here.uri,
+                        hint=f"the logs are {', '.join(known)}" if known else f"launch status {name}")  # fmt: skip
+
+    def tell(source: str, line: str) -> None:
+        click.echo(line if only else f"[{source}] {line}")
+
     lines = engine.logs(here, only)
-    first: deque[str] = deque(maxlen=tail)
-    prefix = "" if only else "[{}] "
-    try:
+    stored = takewhile(lambda pair: pair[0], lines)
+    for source, line in stored if tail is None else deque(stored, tail):
+        tell(source, line)
+    if follow:
         for source, line in lines:
             if source:
-                first.append(prefix.format(source) + line)
-                continue
-            break
-        for text in first:
-            click.echo(text)
-        if follow:
-            for source, line in lines:
-                if source:
-                    click.echo(prefix.format(source) + line)
-                else:
-                    sys.stdout.flush()
-                    time.sleep(0.5)
-    except KeyboardInterrupt:
-        sys.exit(Exit.INTERRUPTED)
-    if follow:
+                tell(source, line)
+            else:
+                time.sleep(0.5)
         sys.exit(engine.status(here).status.exit_code)
 
 
@@ -193,26 +191,26 @@ def cancel(name: str, force: bool, storage: str | None) -> None:
     """Stop a run after a last checkpoint; `launch resume` goes on from there."""
     import time
 
+    from launcher import show
     from launcher.backends import backend
 
     here = find_run(storage, name)
     engine = backend("local")
     state = engine.status(here)
     if state.status.final:
-        click.echo(f"{name} is over already: {state.status}", err=True)
+        click.echo(f"{name} is over already: {state.status.lower()}", err=True)
         return
-    engine.cancel(here, force=force)
-    click.echo(f"{name}: stopping" + ("" if force else " after a checkpoint (--force does not wait for it)"), err=True)
     try:
+        engine.cancel(here, force=force)
+        after = "" if force else " after a checkpoint (--force does not wait for it)"
+        click.echo(f"{name}: stopping{after}", err=True)
         while not state.status.final:
             time.sleep(0.3)
             state = engine.status(here)
     except KeyboardInterrupt:
-        click.echo(f"not waiting; launch status {name} shows the end", err=True)
+        click.echo(f"\nnot waiting; launch status {show.typed(here)} shows the end", err=True)
         sys.exit(Exit.INTERRUPTED)
-    click.echo(
-        f"{name}: {state.status}; launch resume {name} goes on from step {max(here.latest_step(), 0):,}", err=True
-    )
+    show.status_text(here, state, console())
 
 
 @click.command()
@@ -244,9 +242,7 @@ def report(name: str, open_: bool, storage: str | None) -> None:
 @output_option
 def predict(model: str, images: tuple[str, ...], top: int, storage: str | None, output: str) -> None:
     """Classify images with the MODEL of a run (its name), or of a model folder (its path)."""
-    from launcher.storage import open_store
-
-    store = open_store(model) if "/" in model or Path(model).is_dir() else find_run(storage, model).store.child("model")
+    store, hint = _model_of(storage, model)
     try:
         from trainers.predict import Predictor
     except ModuleNotFoundError as error:
@@ -254,17 +250,34 @@ def predict(model: str, images: tuple[str, ...], top: int, storage: str | None, 
     try:
         predictor = Predictor(store)
     except FileNotFoundError:
-        raise NotFinishedError("there is no model here yet", where=store.uri,
-                               hint=f"launch status {model}, or give the path of a model folder") from None  # fmt: skip
+        raise NotFinishedError("there is no model here", where=store.uri, hint=hint) from None
     rows = list(predictor.predict([Path(image) for image in images], top))
+    if not rows:
+        raise UserError("there is no image here", where=" ".join(images), hint="give image files, or folders of them")
     if output == "json":
         click.echo(json.dumps(rows, indent=1))
     else:
         for row in rows:
             answers = "  ".join(f"{item['label']} {item['probability']:.1%}" for item in row.get("classes", []))
-            click.echo(f"{row['image']}  {answers}" if answers else f"{row['image']}  cannot be read: {row['error']}")
+            click.echo(printable(f"{row['image']}  {answers or 'cannot be read: ' + row['error']}"))
     if any("error" in row for row in rows):
         sys.exit(Exit.FAILED)
+
+
+def _model_of(storage: str | None, model: str) -> tuple[Store, str]:
+    """Where the model lies, and what to type if it does not."""
+    from launcher.storage import open_store
+
+    folder = open_store(model), "give the name of a run, or the path of a model folder"
+    if "/" in model:
+        return folder
+    try:
+        here = find_run(storage, model)
+    except NotFoundError:
+        if Path(model).is_dir():
+            return folder
+        raise
+    return here.store.child("model"), f"launch status {model} shows how far the run is"
 
 
 @click.command()
@@ -276,10 +289,14 @@ def rm(name: str, yes: bool, storage: str | None) -> None:
     from launcher.backends import backend
 
     here = find_run(storage, name)
+    if here.owner() is not None:
+        raise NotFinishedError(f"{name} is still running", where=here.uri, hint=f"launch cancel {name}")
     if not yes:
         if not sys.stdin.isatty():
             raise UserError("there is no terminal to ask on", where="launch rm", hint=f"launch rm {name} --yes")
-        click.confirm(f"delete {here.uri} with its checkpoints and model?", abort=True)
+        if not click.confirm(f"delete {here.uri} with its checkpoints and model?", err=True):
+            click.echo("nothing is deleted", err=True)
+            return
     backend("local").delete(here)
     click.echo(f"{name} is deleted", err=True)
 

@@ -87,7 +87,7 @@ def resolve(
         defaults: the `name` and `storage` to take where the user gave none.
         model_facts: `catalog.model_facts`, called with the model's name.
     """
-    rules = _Rules(spec, pool, facts, given, model_facts)
+    rules = _Rules(spec, pool, facts, model_facts)
     for key in ("name", "storage"):
         rules.choose(key, defaults[key], fields()[key].json_schema_extra["why"])
     rules.model()
@@ -102,13 +102,10 @@ def resolve(
 class _Rules:
     """The rules for open fields, in an order in which each may use what was chosen before."""
 
-    def __init__(
-        self, spec: Spec, pool: Pool, facts: dict[str, Any], given: Mapping[str, str], model_facts: Any
-    ) -> None:
+    def __init__(self, spec: Spec, pool: Pool, facts: dict[str, Any], model_facts: Any) -> None:
         self.asked = spec.flat()
         self.pool = pool
         self.facts = facts
-        self.given = given
         self.model_facts = model_facts
         self.values: dict[str, Any] = {}
         self.reasons: dict[str, str] = {}
@@ -118,13 +115,9 @@ class _Rules:
         return self.values.get(key, self.asked[key])
 
     def choose(self, key: str, value: Any, why: str) -> None:
-        """Takes the value unless the user, or the sample, has one."""
-        if key in self.sample and key not in self.given:
-            value, why = self.sample[key]
-        elif self.asked[key] is not None:
-            return
-        self.values[key] = value
-        self.reasons[key] = why
+        """Takes the value, or that of the sample, unless the user has one."""
+        if self.asked[key] is None:
+            self.values[key], self.reasons[key] = self.sample.get(key, (value, why))
 
     def model(self) -> None:
         if self.pool.gpus:
@@ -137,24 +130,33 @@ class _Rules:
         else:
             self.choose("model.pretrained", "hub", "fine-tuning beats training anew; downloaded once from the timm hub")
         size = known.get("size", 224)
-        self.choose("data.image_size", size, f"{self['model.name']} was made for {size} pixels")
+        made = f"{self['model.name']} was made for {size} pixels"
+        self.choose("data.image_size", size, made if known else "most models were made for it")
         if known.get("fixed") and self["data.image_size"] != size:
             raise UserError(f"{self['model.name']} takes images of {size} pixels only", where="data.image_size",
                             hint=f"--image-size {size}, or another --model")  # fmt: skip
 
     def resources(self) -> None:
         pool = self.pool
-        self.choose("resources.gpus_per_worker", min(pool.gpus, 1), f"this machine has {pool.gpus or 'no'} GPUs")
+        self.choose("resources.gpus_per_worker", min(pool.gpus, 1), f"{pool.name} has {count(pool.gpus, 'GPU')}")
         on_gpu = self["resources.gpus_per_worker"] > 0
-        if on_gpu:
-            self.choose("resources.workers", pool.gpus, "one for each GPU")
-        else:
+        batch = self["train.batch_size"]
+        busy = max(1, batch // self["train.accumulate"]) if batch else pool.gpus
+        if not on_gpu:
             self.choose("resources.workers", 1, "one process uses all cores best")
+        elif busy < pool.gpus:
+            self.choose("resources.workers", busy, f"a batch of {batch} has no work for more")
+        else:
+            self.choose("resources.workers", max(1, pool.gpus), "one for each GPU")
         workers = self["resources.workers"]
         if on_gpu and workers > pool.gpus:
-            raise UserError(f"{workers} workers need {workers} GPUs, {pool.name} has {pool.gpus}",
-                            where="resources.workers", hint=f"--workers {max(pool.gpus, 1)}, or gpus_per_worker=0")  # fmt: skip
-        self.choose("resources.cpus_per_worker", max(1, pool.cpus // workers), f"{pool.cpus} cores for {workers}")
+            fewer = f"--workers {pool.gpus}, or " if pool.gpus else ""
+            raise UserError(
+                f"{count(workers, 'worker')} on {count(workers, 'GPU')}, but {pool.name} has {count(pool.gpus, 'GPU')}",
+                where="resources", hint=f"{fewer}--set resources.gpus_per_worker=0 to train on the CPU",
+            )  # fmt: skip
+        cpus = max(1, pool.cpus // workers)
+        self.choose("resources.cpus_per_worker", cpus, f"{count(pool.cpus, 'core')} for {count(workers, 'worker')}")
         if on_gpu:
             self.choose("train.precision", "bf16" if pool.bf16 else "fp16", f"twice as fast as fp32 on {pool.gpu_type}")
             self.choose("train.channels_last", True, "the layout of tensor cores")
@@ -169,8 +171,15 @@ class _Rules:
         batch = 64 * workers if self["resources.gpus_per_worker"] else 32
         while batch > 16 and images / batch < 20:
             batch //= 2
-        batch = max(batch, 2 * workers * parts)
-        self.choose("train.batch_size", batch, f"at least 20 steps an epoch from {images:,} images")
+        least = 2 * workers * parts
+        if batch < least:
+            self.choose("train.batch_size", least, f"at least two images for each of {workers} workers x {parts} parts")
+        elif images / batch < 20:
+            self.choose("train.batch_size", batch, f"{images:,} images are few: a small batch makes more steps of them")
+        else:
+            self.choose(
+                "train.batch_size", batch, f"makes {math.ceil(images / batch):,} steps an epoch of {images:,} images"
+            )
         batch = self["train.batch_size"]
         steps = math.ceil(images / batch)
         anew = self["model.pretrained"] == "none"
@@ -192,6 +201,11 @@ class _Rules:
             self.choose("optim.weight_decay", 1e-4, "light: pretrained weights are good already")
             self.choose("augment.crop_scale", (0.35, 1.0), "milder than training anew: the object stays in view")
         self.choose("augment.flip", True, fields()["augment.flip"].json_schema_extra["why"])
+
+
+def count(number: int, thing: str) -> str:
+    """`no GPU`, `1 GPU`, `2 GPUs`."""
+    return f"{number or 'no'} {thing}{'s' * (number > 1)}"
 
 
 def _choices(spec: Spec, reasons: Mapping[str, str], given: Mapping[str, str]) -> tuple[Choice, ...]:
@@ -219,4 +233,8 @@ def _warnings(spec: Spec, pool: Pool, facts: dict[str, Any]) -> list[str]:
         found.append(f"{facts['ignored']:,} files are not images and are left out")
     if (spec.augment.mixup or spec.augment.cutmix) and spec.optim.label_smoothing:
         found.append("mixup and cutmix smooth the labels already; optim.label_smoothing comes on top")
+    if (spec.optim.warmup_epochs or 0) >= (spec.train.epochs or 1):
+        found.append(f"the warm-up lasts all {spec.train.epochs} epochs: the learning rate never reaches its peak")
+    if spec.train.precision != "fp32" and not spec.resources.gpus_per_worker:
+        found.append(f"most CPUs compute {spec.train.precision} many times slower than fp32")
     return found

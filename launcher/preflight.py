@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher import catalog
 from launcher.errors import UserError
-from launcher.plan import Plan, resolve
+from launcher.plan import Choice, Plan, resolve
 from launcher.pools import Pool
 from launcher.runs import Run, default_storage
 from launcher.spec import RESUMABLE, Spec, resumable
@@ -46,7 +48,8 @@ def prepare_resume(run: Run, draft: Draft, pool: Pool) -> tuple[Plan, dict[str, 
 
     Raises `UserError` for a change that would alter what was trained already.
     """
-    old = run.spec().flat()
+    # A run directory may have been moved: where it lies now is where it goes on.
+    old = run.spec().flat() | {"storage": run.storage}
     given = dict(draft.origin)
     draft.values = old | draft.values
     if "resources.workers" in given and "resources.cpus_per_worker" not in given:
@@ -55,15 +58,22 @@ def prepare_resume(run: Run, draft: Draft, pool: Pool) -> tuple[Plan, dict[str, 
                    defaults={"name": run.name, "storage": run.storage}, model_facts=catalog.model_facts)  # fmt: skip
     new = plan.spec.flat()
     changes = {key: (old[key], new[key]) for key in new if old[key] != new[key]}
-    refused = [key for key in changes if not resumable(key)]
+    refused = [key for key in changes if not resumable(key) or key == "storage"]
     if refused:
         lines = "\n".join(f"  {key}: {old[key]} -> {new[key]}" for key in refused)
-        raise UserError(f"a resumed run cannot change this:\n{lines}", where=given.get(refused[0], refused[0]),
-                        hint=f"launch a new run, or change only: {', '.join(RESUMABLE)}")  # fmt: skip
+        allowed = ", ".join(key.rstrip(".") for key in RESUMABLE if key != "storage")
+        raise UserError(f"a resumed run cannot change this:\n{lines}", where=run.name,
+                        hint=f"launch a new run, or change only {allowed}")  # fmt: skip
     if new["train.epochs"] < old["train.epochs"]:
         raise UserError(f"a run cannot become shorter: {old['train.epochs']} -> {new['train.epochs']} epochs",
                         where=given.get("train.epochs", "train.epochs"), hint="launch a new run")  # fmt: skip
-    return plan, changes
+    return replace(plan, choices=_remembered(run, plan, changes)), changes
+
+
+def _remembered(run: Run, plan: Plan, changes: Mapping[str, Any]) -> tuple[Choice, ...]:
+    """The plan's choices, of which those that did not change keep the reason they were once made for."""
+    past = {choice["key"]: Choice(**choice) for choice in run.plan().get("choices", [])}
+    return tuple(choice if choice.key in changes else past.get(choice.key, choice) for choice in plan.choices)
 
 
 def _with_whole_places(spec: Spec) -> Spec:
@@ -73,7 +83,7 @@ def _with_whole_places(spec: Spec) -> Spec:
 
 
 def _look_at_data(spec: Spec) -> tuple[Index | None, dict[str, Any]]:
-    if spec.data.uri.startswith("sample://") and spec.data.classes is None:
+    if spec.data.uri.startswith("sample://") and not (spec.data.classes or spec.data.val_split):
         from trainers.data.sample import sample_facts
 
         return None, sample_facts(spec.data.uri.removeprefix("sample://"), spec.data.val_fraction)

@@ -10,14 +10,15 @@ from typing import Any
 
 from rich.console import Console
 from rich.live import Live
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from launcher.backends import Backend
+from launcher.errors import InfrastructureError, printable
 from launcher.journal import Lines
-from launcher.plan import Plan
-from launcher.runs import Run, State, Status
+from launcher.plan import Plan, count
+from launcher.runs import Run, State, Status, default_storage
+from launcher.storage import open_store
 
 COLORS = {
     Status.SUCCEEDED: "green", Status.FAILED: "red", Status.CANCELLED: "yellow", Status.INTERRUPTED: "yellow",
@@ -27,8 +28,8 @@ COLORS = {
 
 def seconds(value: float) -> str:
     """A duration: `9.5 s`, `3m 05s`, `2h 07m`."""
-    if value < 60:
-        return f"{value:.1f} s"
+    if value < 59.95:
+        return f"{max(value, 0):.1f} s"
     minutes, rest = divmod(round(value), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h {minutes:02d}m" if hours else f"{minutes}m {rest:02d}s"
@@ -36,56 +37,73 @@ def seconds(value: float) -> str:
 
 def size(value: float) -> str:
     """A number of bytes: `1.4 GB`."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+    if value < 1000:
+        return f"{value:.0f} B"
+    for unit in ("kB", "MB", "GB"):
         value /= 1000
-    return f"{value:.1f} TB"
+        if value < 999.95:
+            return f"{value:.1f} {unit}"
+    return f"{value / 1000:.1f} TB"
+
+
+def typed(run: Run) -> str:
+    """The run as one types it after a command: with its storage, unless that is the default one."""
+    usual = open_store(run.storage).uri == open_store(default_storage()).uri
+    return run.name if usual else f"{run.name} --storage {run.storage}"
+
+
+def _row(console: Console, name: str, text: str, style: str = "bold") -> None:
+    """A named line, never broken: what is copied from it is whole."""
+    console.print(Text.assemble((f"{name:<10}", style), printable(text)), soft_wrap=True)
+
+
+def _table(*headings: str) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for heading in headings:
+        table.add_column(heading, overflow="fold")
+    return table
 
 
 def plan_table(plan: Plan, uri: str, console: Console, *, every: bool) -> None:
     """Says what will be done; with `every` field, and why each has its value."""
-    facts, spec = plan.facts, plan.spec
-    rows = [("run", f"{spec.name}  ({uri})"), ("data", spec.data.uri)]
+    facts, spec, each = plan.facts, plan.spec, plan.spec.resources
+    _row(console, "run", f"{spec.name}  ({uri})")
+    _row(console, "data", spec.data.uri)
     if facts:
         held = ", ".join(f"{facts[split]:,} {split}" for split in ("train", "val", "test") if facts.get(split))
-        rows.append(("", f"{facts['images']:,} images in {facts['classes']} classes: {held}"))
-    rows.append(("model", f"{spec.model.name} at {spec.data.image_size} px, weights: {spec.model.pretrained}"))
-    steps = f", {plan.steps_per_epoch:,} steps each" if plan.steps_per_epoch else ""
-    rows.append(("training", f"{spec.train.epochs} epochs{steps}; batch {spec.train.batch_size}, SGD lr {spec.optim.lr:g},"
-                             f" {spec.optim.schedule}, {spec.train.precision}"))  # fmt: skip
-    each = spec.resources
-    device = f"{each.gpus_per_worker} GPU ({plan.pool.gpu_type})" if each.gpus_per_worker else "no GPU"
-    rows.append(("on", f"{plan.pool.name}: {plan.workers} worker{'s' * (plan.workers > 1)}, each {each.cpus_per_worker} CPU"
-                       f" cores, {device}"))  # fmt: skip
-    grid = Table.grid(padding=(0, 2))
-    for name, text in rows:
-        grid.add_row(f"[bold]{name}[/]", escape(text))
-    console.print(grid)
+        _row(console, "", f"{facts['images']:,} images in {facts['classes']} classes: {held}")
+    _row(console, "model", f"{spec.model.name} at {spec.data.image_size} px, weights: {spec.model.pretrained}")
+    steps = f" of {count(plan.steps_per_epoch, 'step')}" if plan.steps_per_epoch else ""
+    _row(console, "training", f"{count(spec.train.epochs or 0, 'epoch')}{steps}; batch {spec.train.batch_size}, "
+                              f"SGD lr {spec.optim.lr:g}, {spec.optim.schedule}, {spec.train.precision}")  # fmt: skip
+    gpus = count(each.gpus_per_worker or 0, "GPU") + (f" ({plan.pool.gpu_type})" if each.gpus_per_worker else "")
+    share = f"{count(each.cpus_per_worker or 0, 'core')} and {gpus}{' each' * (plan.workers > 1)}"
+    _row(console, "on", f"{plan.pool.name}: {count(plan.workers, 'worker')} with {share}")
     for warning in plan.warnings:
-        console.print(f"[yellow]note[/]  {escape(warning)}", soft_wrap=True)
+        _row(console, "note", warning, "yellow")
     if every:
-        table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-        for heading in ("field", "value", "set by", "why"):
-            table.add_column(heading, overflow="fold")
+        table = _table("field", "value", "set by", "why")
+        table.columns[0].no_wrap = True
         for choice in plan.choices:
-            value = "" if choice.value is None else str(choice.value)
-            table.add_row(choice.key, escape(value), choice.source, escape(choice.why))
+            value = "" if choice.value is None else printable(str(choice.value))
+            table.add_row(choice.key, Text(value), choice.source, Text(printable(choice.why)))
         console.print(table)
 
 
 def runs_table(rows: list[tuple[Run, State]], console: Console) -> None:
     """One line for each run, the newest first."""
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for heading in ("name", "status", "data", "model", "epoch", "top-1", "began", "took"):
-        table.add_column(heading)
+    table = _table("name", "status", "data", "model", "epoch", "top-1", "began", "took")
+    for number in (0, 1, 4, 5, 6, 7):
+        table.columns[number].no_wrap = True
     for run, state in rows:
         spec, epochs = run.spec(), run.metrics().get("epochs", [])
         top1 = state.result.get("top1", epochs[-1]["val"]["top1"] if epochs else None)
+        ended = state.ended or (None if state.status.final else time.time())
         table.add_row(
-            run.name, f"[{COLORS.get(state.status, 'white')}]{state.status}[/]", escape(spec.data.uri),
-            escape(spec.model.name or ""), f"{len(epochs)}/{spec.train.epochs}", "" if top1 is None else f"{top1:.1%}",
-            _clock(state.created), seconds((state.ended or time.time()) - state.created),
+            run.name, Text(state.status, COLORS.get(state.status, "")), Text(printable(spec.data.uri)),
+            Text(printable(spec.model.name or "")), f"{len(epochs)}/{spec.train.epochs}",
+            "" if top1 is None else f"{top1:.1%}", _clock(state.created),
+            seconds(ended - state.created) if ended else "",
         )  # fmt: skip
     console.print(table)
 
@@ -98,23 +116,16 @@ def status_text(run: Run, state: State, console: Console) -> None:
     """Everything about one run that fits on a screen."""
     spec, metrics = run.spec(), run.metrics()
     epochs = spec.train.epochs or 1
-
-    def row(name: str, text: str) -> None:
-        console.print(Text.assemble((f"{name:<8}", "bold"), text), soft_wrap=True)
-
-    head = (
-        (f"{run.name}  ", "bold"),
-        (str(state.status), COLORS.get(state.status, "white")),
-        f"  {state.reason}".rstrip(),
-    )
-    console.print(Text.assemble(*head), soft_wrap=True)
-    row("data", spec.data.uri)
-    row("model", f"{spec.model.name}, {epochs} epochs, attempt {state.attempt}")
+    reason = "" if state.status.final or not state.reason else f"  {printable(state.reason)}"
+    head = Text.assemble((f"{run.name}  ", "bold"), (state.status, COLORS.get(state.status, "")), reason)
+    console.print(head, soft_wrap=True)
+    _row(console, "data", spec.data.uri)
+    _row(console, "model", f"{spec.model.name}, {count(epochs, 'epoch')}, attempt {state.attempt}")
     steps = [event for event in Lines(run.store, "progress.jsonl").events() if event["event"] == "step"]
     if steps and not state.status.final:
-        row("now", step_line(steps[-1], epochs))
+        _row(console, "now", step_line(steps[-1], epochs))
     for record in metrics.get("epochs", [])[-1:]:
-        row("last", epoch_line(record, epochs))
+        _row(console, "last", epoch_line(record, epochs))
     end(run, state, console)
 
 
@@ -152,24 +163,22 @@ def result_line(state: State) -> str:
 
 def end(run: Run, state: State, console: Console) -> None:
     """What a run's end leaves, or why it failed, and what to type next; nothing for a run that goes on."""
-
-    def row(name: str, text: str) -> None:
-        console.print(Text.assemble((f"{name:<8}", "bold"), text), soft_wrap=True)
-
     if state.error:
-        console.print(Text.assemble(("failed  ", "bold red"), state.error["what"]), soft_wrap=True)
-        if state.error.get("where"):
-            row("at", state.error["where"])
-        if state.error.get("hint"):
-            row("next", state.error["hint"])
-        row("logs", f"launch logs {run.name}")
+        _row(console, "failed", state.error["what"], "bold red")
+        for label, key in (("at", "where"), ("next", "hint")):
+            if state.error.get(key):
+                _row(console, label, state.error[key])
+        _row(console, "logs", f"launch logs {typed(run)}")
     elif state.status is Status.SUCCEEDED:
-        row("result", result_line(state))
-        row("report", f"{run.uri}/report.html")
-        row("model", f"{run.uri}/model")
+        if state.result:
+            _row(console, "result", result_line(state))
+        _row(console, "report", f"{run.uri}/report.html")
+        _row(console, "model", f"{run.uri}/model")
     elif state.status.final:
-        row(state.status.lower(), state.reason)
-        row("next", f"launch resume {run.name}: goes on from step {max(run.latest_step(), 0):,}")
+        _row(console, "stopped", state.reason or f"the run is {state.status.lower()}")
+        step = run.latest_step()
+        how = f"goes on from step {step:,}" if step > 0 else "starts it again"
+        _row(console, "next", f"launch resume {typed(run)} {how}")
 
 
 class Viewer:
@@ -186,7 +195,7 @@ class Viewer:
         self._epoch_seconds = 0.0
 
     def watch(self, sleep: Callable[[float], None] = time.sleep) -> State:
-        """Follows the run to its end and returns its last state. Ctrl-C leaves as `KeyboardInterrupt`; the run goes on."""
+        """Follows the run to its end and returns its last state. Ctrl-C raises as ever; the run goes on."""
         every = 2.0 if self._run.uri.startswith("s3://") else 0.3
         live = Live(console=self._console, transient=True, refresh_per_second=4) if self._console.is_terminal else None
         with ExitStack() as stack:
@@ -194,25 +203,34 @@ class Viewer:
                 stack.enter_context(live)
             shown = ""
             while True:
-                state = self._backend.status(self._run)
-                for event in [*self._events.events(), *self._progress.events()]:
-                    self._tell(event)
-                if state.status.final:
+                state, line = self._look()
+                if state is not None and state.status.final:
                     return state
-                line = self._now(state)
                 if live is not None:
                     live.update(Text(line, no_wrap=True, overflow="ellipsis"))
-                elif state.status is not Status.RUNNING and line != shown:
-                    self._console.print(line, soft_wrap=True, markup=False, highlight=False)
+                elif line != shown:
+                    # What happens while it runs, or recovers, the journals tell.
+                    if state is None or state.status not in (Status.RUNNING, Status.RECOVERING):
+                        self._print(line)
                     shown = line
                 sleep(every)
+
+    def _look(self) -> tuple[State | None, str]:
+        """Tells what is new; where the run stands, and that as a line. A storage that is out of reach ends nothing."""
+        try:
+            state = self._backend.status(self._run)
+            for event in [*self._events.events(), *self._progress.events()]:
+                self._tell(event)
+        except InfrastructureError as error:
+            return None, f"trying again: {printable(str(error))}"
+        return state, self._now(state)
 
     def _now(self, state: State) -> str:
         if state.status is Status.RUNNING and self._last.get("event") == "step":
             return f"{step_line(self._last, self._epochs)}  ETA {self._eta()}"
         if state.status is Status.RUNNING and self._last.get("event") == "evaluating":
             return f"evaluating on {self._last['split']}"
-        return f"{state.status.lower()}" + (f": {state.reason}" if state.reason else "")
+        return printable(f"{state.status.lower()}: {state.reason}" if state.reason else state.status.lower())
 
     def _eta(self) -> str:
         event = self._last
@@ -230,7 +248,7 @@ class Viewer:
         if kind == "start":
             self._epochs = event["epochs"]
             where = f"from step {event['step']:,}" if event["step"] else "from the beginning"
-            self._print(f"training on {event['device']} with {event['workers']} worker(s), {where}")
+            self._print(f"training on {event['device']} with {count(event['workers'], 'worker')}, {where}")
         elif kind == "epoch":
             self._epoch_seconds = event["seconds"] + event["eval_seconds"]
             self._print(epoch_line(event, self._epochs))
@@ -240,4 +258,4 @@ class Viewer:
             self._print(f"attempt {event['number']}, from step {event['from_step']:,}")
 
     def _print(self, line: str) -> None:
-        self._console.print(line, soft_wrap=True, markup=False, highlight=False)
+        self._console.print(Text(printable(line)), soft_wrap=True)

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from launcher.errors import UserError, nearest
+from launcher.errors import UserError, closest, nearest
 from launcher.spec import Spec, fields
 
 SECTIONS = tuple(dict.fromkeys(key.partition(".")[0] for key in fields() if "." in key))
@@ -68,7 +68,7 @@ class Draft:
             mark = getattr(error, "problem_mark", None)
             line = f"{path}:{mark.line + 1}" if mark else str(path)
             raise UserError(f"not valid YAML: {_problem(error)}", where=line, hint="mend this line") from None
-        if root is not None:
+        if root is not None and root.tag != _NULL:
             self._section(root, "", str(path), set())
 
     def assign(self, text: str) -> None:
@@ -156,19 +156,18 @@ def dump(spec: Spec) -> str:
 
 def _at(origin: str, key: str) -> str:
     """Place and field; the place alone where it names the field already."""
-    return origin if origin.endswith(key) else ": ".join(part for part in (origin, key) if part)
+    named = origin.rpartition(" ")[2].removeprefix("--") == key
+    return origin if named else ": ".join(part for part in (origin, key) if part)
 
 
 def _unknown(key: str) -> str:
     if key in SECTIONS:
         return f"this is a section; name a field of it, as in {next(name for name in fields() if name.startswith(key))}"
     wanted = key.lower().replace("-", "_")
-    last = {name.rpartition(".")[2]: name for name in reversed(fields())}
-    close = nearest(wanted, [last[wanted.rpartition(".")[2]]] if wanted.rpartition(".")[2] in last else ())
-    if not close and wanted.rpartition(".")[2] in last:
-        close = f"did you mean {last[wanted.rpartition('.')[2]]}?"
-    close = close or nearest(wanted, fields())
-    return "no such field" + (f"; {close}" if close else "")
+    short = {name.rpartition(".")[2]: name for name in reversed(fields())}
+    # `lr`, and `train.lr`, are more likely the lr of another section than something that looks like the whole.
+    close = short.get(wanted.rpartition(".")[2]) or closest(wanted, fields()) or short.get(closest(wanted, short))
+    return "no such field" + (f"; did you mean {close}?" if close else "")
 
 
 def _is_unicode(value: Any) -> bool:
@@ -226,17 +225,23 @@ class _Core(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event: Any = self.peek_event()  # type: ignore[no-untyped-call]
-        if isinstance(event, yaml.AliasEvent):
-            raise yaml.composer.ComposerError(None, None, "aliases (*name) are not allowed", event.start_mark)
-        if getattr(event, "tag", None) is not None:
-            raise yaml.composer.ComposerError(None, None, "tags (!name) are not allowed", event.start_mark)
+        alias = self.check_event(yaml.AliasEvent)
+        if alias or getattr(event, "tag", None) is not None:
+            problem = "aliases (*name) are not allowed" if alias else "tags (!name) are not allowed"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
         return super().compose_node(parent, index)
 
 
 class _Dumper(yaml.SafeDumper):
     """Quotes every text that either YAML 1.1 or our reader would take for something else."""
 
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        # PyYAML writes some line ends of Unicode bare, and reads them back as a space.
+        style = None if data.isprintable() else '"'
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
 
+
+_Dumper.add_representer(str, _Dumper.represent_str)
 for _tag, _pattern, _first in _CORE:
     for _side in (_Core, _Dumper):
         _side.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), list(_first))

@@ -44,7 +44,7 @@ def started(local: Backend, tmp_path: Path) -> Iterator[Callable[..., Run]]:
     yield start
     for run in runs:
         local.cancel(run, force=True)
-        until(lambda run=run: run.owner() is None)
+    until(lambda: all(run.owner() is None for run in runs))
 
 
 def until(true: Callable[[], bool], seconds: float = 120.0) -> None:

@@ -56,11 +56,11 @@ class Driver:
     def __init__(self, run: Run) -> None:
         self.run = run
         self.began = time.time()
-        self.events = Journal(run.store, "events.jsonl")
 
     def drive(self) -> int:
         """Runs the attempt to its end and records it; returns the exit code."""
         run, step = self.run, self.run.latest_step()
+        self.events = Journal(run.store, "events.jsonl")
         number = run.begin_attempt({"host": socket.gethostname(), "pid": os.getpid(), "from_step": step})
         status = Status.RECOVERING if number > 1 else Status.STARTING
         run.update(status=status, attempt=number, reason="", error=None, ended=None)
@@ -85,7 +85,7 @@ class Driver:
         if run.cancel_requested():
             return "cancelled"
         spec = run.spec()
-        self._prepare(spec)
+        self.prepare(spec)
         if (spec.resources.workers or 1) > 1 or os.environ.get("RAY_ADDRESS"):
             _start_ray(spec)
         strikes = 0
@@ -104,7 +104,7 @@ class Driver:
                 run.update(status=Status.RECOVERING, reason=error.what)
                 time.sleep(strikes)
 
-    def _prepare(self, spec: Spec) -> None:
+    def prepare(self, spec: Spec) -> None:
         """Makes what all workers share: the index, and a checkpoint of step 0."""
         from trainers import checkpoint, model
         from trainers.data.index import Index, build_index

@@ -14,7 +14,8 @@ from launcher.spec import Optim
 def sgd(model: nn.Module, optim: Optim) -> torch.optim.SGD:
     """SGD over the parameters that learn; norms and biases (all one-dimensional) are not decayed."""
     groups = param_groups_weight_decay(model, optim.weight_decay or 0.0)
-    return torch.optim.SGD(groups, lr=optim.lr or 0.0, momentum=optim.momentum, nesterov=optim.nesterov)
+    # Fused: one pass over the weights instead of four, which a small batch on a CPU notices.
+    return torch.optim.SGD(groups, lr=optim.lr or 0.0, momentum=optim.momentum, nesterov=optim.nesterov, fused=True)
 
 
 def learning_rate(optim: Optim, step: int, steps_per_epoch: int, epochs: int) -> float:

@@ -47,7 +47,7 @@ class Predictor:
             except OSError as error:
                 yield {"image": str(path), "error": error.strerror or str(error)}
             else:
-                yield {"image": str(path), "classes": self._classes(torch.from_numpy(pixels), top)}
+                yield {"image": str(path), "classes": self._classes(torch.tensor(pixels), top)}
 
     @torch.inference_mode()
     def _classes(self, pixels: torch.Tensor, top: int) -> list[dict[str, Any]]:

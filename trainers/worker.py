@@ -138,9 +138,12 @@ class Trainer:
         torch.manual_seed(((self.spec.train.seed << 32) + self.step * 65_537 + self.team.rank) % 2**63)
         losses = [self._forward_backward(batch, step.size, last=batch is step.parts[-1]) for batch in step.parts]
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.spec.optim.clip_norm or torch.inf)
+        weights = [weight for weight in self.model.parameters() if weight.grad is not None]
+        norm = nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])
         if not torch.isfinite(norm):
             self._on_non_finite(step, losses, lr)
+        if self.spec.optim.clip_norm:
+            nn.utils.clip_grads_with_norm_(weights, self.spec.optim.clip_norm, norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -193,7 +196,7 @@ class Trainer:
             "data_wait": self.meter.wait_share(), "best": best,
         }  # fmt: skip
         self.epochs.append(record)
-        log.info("epoch %d: loss %.4f, val top-1 %.4f, %.1f s", epoch + 1, train_loss, summary["top1"], self.meter.seconds)
+        log.info("epoch %d: loss %.4f, val top-1 %.4f", epoch + 1, train_loss, summary["top1"])
         self.meter.next_epoch()
         last = len(self.epochs) >= (self.spec.train.epochs or 1) or self._out_of_patience()
         if best or last or (epoch + 1) % self.spec.checkpoint.every_epochs == 0:
@@ -312,7 +315,7 @@ class Trainer:
             # Every rank has loaded the same checkpoint, and its own statistics of batch norm, which are averaged before
             # each evaluation instead of being sent before each step.
             model = DistributedDataParallel(
-                model, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False, init_sync=False
+                model, device_ids=devices, gradient_as_bucket_view=True, forward_sync_buffers=False, init_sync=False
             )
         return torch.compile(model) if self.spec.train.compile else model
 

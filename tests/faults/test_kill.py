@@ -16,7 +16,7 @@ from launcher.runs import Run, Status
 from tests.test_local_backend import until
 from tests.tiny import new_run, weights
 
-SETTINGS = {"train__epochs": 12, "train__batch_size": 16, "checkpoint__every_minutes": 0.02}
+SETTINGS = {"train__epochs": 4, "train__batch_size": 16, "checkpoint__every_minutes": 0.02}
 
 
 def finish(local: Backend, run: Run) -> Run:
@@ -64,7 +64,7 @@ def kill(run: Run, times: int, victim: Callable[[int], psutil.Process | None], c
                 local.submit(run)
             starts += sum(event["event"] == "start" for event in events.events())
             pause.wait(0.05)
-        pause.wait(chance.uniform(0.0, 3.0))
+        pause.wait(chance.uniform(0.0, 2.0))
         process = victim(killed)
         if process is not None:
             process.kill()
