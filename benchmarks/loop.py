@@ -121,7 +121,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args()
-    print(f"{options.model}, {options.size} px, {options.batch} images a worker, {options.rounds} rounds of {BLOCK} steps")
+    print(
+        f"{options.model}, {options.size} px, {options.batch} images a worker, {options.rounds} rounds of {BLOCK} steps"
+    )
     settings = (options.rounds, options.batch, options.size)
     with tempfile.TemporaryDirectory() as folder:
         torch.set_num_threads(1)

@@ -11,10 +11,10 @@ import os
 import subprocess
 import sys
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from launcher.errors import UserError, nearest
+from launcher.storage import cache_folder
 
 _LIST = """
 import json, timm
@@ -23,11 +23,6 @@ def facts(name):
     return {"size": cfg.input_size[-1], "fixed": bool(cfg.fixed_input_size), "weights": bool(cfg.has_weights)}
 print(json.dumps({name: facts(name) for name in [*timm.list_models(), *timm.list_pretrained()]}))
 """
-
-
-def cache_folder() -> Path:
-    """Where things that can be made again are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "raylaunch"
 
 
 def model_facts(name: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -77,7 +78,7 @@ def _check_spec_file(name: str, commands: Iterable[str]) -> None:
     """What stands where a command or a spec file should: tells a typo, and data, from a file."""
     path = Path(name)
     if "://" in name or path.is_dir() or name.endswith((".csv", ".jsonl", ".parquet")):
-        raise UserError("this is data, not a spec file", where=name, hint=f"launch --data {name}")
+        raise UserError("this is data, not a spec file", where=name, hint=f"launch --data {shlex.quote(name)}")
     if not path.exists() and not name.endswith((".yaml", ".yml", ".json")):
         close = closest(name, commands)
         hint = f"did you mean launch {close}?" if close else "launch --help lists the commands"
@@ -108,7 +109,12 @@ def _bug(error: Exception) -> NoReturn:
 def main() -> None:
     """Fine-tune an image classifier with one command: launch --data FOLDER.
 
-    `launch [OPTIONS] [SPEC.yaml]` is short for `launch run`.
+    \b
+    launch --data sample://digits            try it on a built-in data set
+    launch --data s3://bucket/flowers        one folder for each class
+    launch spec.yaml --dry-run               say what would be done, and why
+
+    Without a command, `launch` is `launch run`.
     """
 
 
@@ -223,7 +229,7 @@ def _start(here: Run, pool: str, detach: bool, output: str) -> None:
 @manage.storage_option
 @manage.output_option
 def resume(name: str, detach: bool, storage: str | None, output: str, sets: tuple[str, ...], **flags: Any) -> None:
-    """Go on with a run from its last checkpoint, or make a finished one longer."""
+    """Go on with a run, or make it longer. It begins at its last checkpoint."""
     from launcher import pools
     from launcher.backends import backend
     from launcher.preflight import prepare_resume
@@ -249,7 +255,7 @@ def resume(name: str, detach: bool, storage: str | None, output: str, sets: tupl
 
 @main.command()
 def schema() -> None:
-    """Print the JSON schema of the spec, for editors and for reading."""
+    """Print the JSON schema of the spec."""
     from launcher.spec import Spec
 
     click.echo(json.dumps(Spec.model_json_schema(), indent=1))

@@ -188,7 +188,7 @@ def logs(name: str, follow: bool, rank: int | None, tail: int | None, storage: s
 @click.option("--force", is_flag=True, help="Kill it; what came after the last checkpoint is lost.")
 @storage_option
 def cancel(name: str, force: bool, storage: str | None) -> None:
-    """Stop a run after a last checkpoint; `launch resume` goes on from there."""
+    """Stop a run after a last checkpoint. `launch resume` goes on from there."""
     import time
 
     from launcher import show
@@ -218,7 +218,7 @@ def cancel(name: str, force: bool, storage: str | None) -> None:
 @click.option("--open", "open_", is_flag=True, help="Open it in the browser.")
 @storage_option
 def report(name: str, open_: bool, storage: str | None) -> None:
-    """Write the report of a run anew, and say where it is."""
+    """Write a run's report anew, and say where it is."""
     from trainers import report as page
 
     here = find_run(storage, name)
@@ -241,7 +241,7 @@ def report(name: str, open_: bool, storage: str | None) -> None:
 @storage_option
 @output_option
 def predict(model: str, images: tuple[str, ...], top: int, storage: str | None, output: str) -> None:
-    """Classify images with the MODEL of a run (its name), or of a model folder (its path)."""
+    """Classify images with a trained model. MODEL is the name of a run, or the path of a model folder."""
     store, hint = _model_of(storage, model)
     try:
         from trainers.predict import Predictor
@@ -285,7 +285,7 @@ def _model_of(storage: str | None, model: str) -> tuple[Store, str]:
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 @storage_option
 def rm(name: str, yes: bool, storage: str | None) -> None:
-    """Delete a run that is over, with its checkpoints, model and report."""
+    """Delete a run that is over. Its checkpoints, model and report go with it."""
     from launcher.backends import backend
 
     here = find_run(storage, name)

@@ -16,7 +16,7 @@ DEPTHWISE = ("mobilenet", "efficientnet", "tf_efficientnet", "mnasnet", "convnex
 
 SAMPLE_CHOICES: dict[str, dict[str, tuple[Any, str]]] = {
     "sample://digits": {
-        "model.name": ("resnet18", "ample for digits, and quick on a CPU"),
+        "model.name": ("resnet10t", "ample for digits, and quick on a CPU"),
         "model.pretrained": ("none", "digits are not photos, and nothing is downloaded for a sample"),
         "data.image_size": (32, "the digits have 8 pixels a side"),
         "train.epochs": (12, "it has converged by then"),

@@ -33,6 +33,11 @@ def whole(place: str) -> str:
 def prepare(draft: Draft, pool: Pool) -> tuple[Plan, Index | None]:
     """The plan for a new run, and the index it was made from (None for a sample, which the driver indexes)."""
     spec = _with_whole_places(draft.spec())
+    if spec.name:
+        # Said before a bucket is listed, not after; `Run.create` decides.
+        run = Run(spec.storage or whole(default_storage()), spec.name)
+        if run.exists():
+            raise run.taken()
     index, facts = _look_at_data(spec)
     defaults = {"name": _new_name(spec.data.uri), "storage": whole(default_storage())}
     plan = resolve(spec, pool, facts=facts, given=draft.origin, defaults=defaults, model_facts=catalog.model_facts)

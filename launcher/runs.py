@@ -31,6 +31,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from launcher.errors import Exit, NotFoundError, SiteError, UserError, nearest
 from launcher.spec import Spec, valid_name
 from launcher.storage import Store, open_store
@@ -149,21 +151,34 @@ class Run:
     def create(self, spec: Spec, plan: dict[str, Any]) -> None:
         """Takes the name; of two that try, one gets `UserError`."""
         if not self.store.create("spec.json", _pretty(spec.model_dump(mode="json"))):
-            raise UserError(
-                f"there is a run named {self.name} already", where=self.uri,
-                hint=f"launch resume {self.name}, or choose another --name (launch rm {self.name} deletes it)",
-            )  # fmt: skip
+            raise self.taken()
         self.store.write("plan.json", _pretty(plan))
         self.set_state(State(Status.PENDING, created=time.time()))
 
+    def taken(self) -> UserError:
+        """The error for a name that is in use."""
+        return UserError(f"there is a run named {self.name} already", where=self.uri,
+                         hint=f"launch resume {self.name}, launch rm {self.name}, or another --name")  # fmt: skip
+
     def exists(self) -> bool:
-        return self._json("spec.json") is not None
+        """Whether the name is in use, if only by the remains of a run."""
+        try:
+            self.store.read("spec.json")
+        except FileNotFoundError:
+            return False
+        return True
 
     def spec(self) -> Spec:
         document = self._json("spec.json")
         if document is None:
             raise self._missing()
-        return Spec.model_validate_json(json.dumps(document))
+        try:
+            return Spec.model_validate_json(json.dumps(document))
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            key = ".".join(str(part) for part in first["loc"])
+            raise SiteError(f"another version of raylaunch wrote the spec ({key}: {first['msg']})",
+                            where=f"{self.uri}/spec.json", hint="use the version that made the run") from error  # fmt: skip
 
     def set_spec(self, spec: Spec, plan: dict[str, Any]) -> None:
         """Replaces the spec of a run that is resumed with allowed changes."""

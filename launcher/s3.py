@@ -134,6 +134,8 @@ class _S3Appender:
         self._number = int(segments[-1][-6:]) if segments else 1
         self._data = bytearray(store.read(segments[-1])) if segments else bytearray()
         self._dirty = False
+        if self._data and not self._data.endswith(b"\n"):
+            self._data += b"\n"
         self._next_when_full()
 
     def write(self, data: bytes) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -14,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from launcher.backends import Backend
-from launcher.errors import InfrastructureError, printable
+from launcher.errors import InfrastructureError, LaunchError, printable
 from launcher.journal import Lines
 from launcher.plan import Plan, count
 from launcher.runs import Run, State, Status, default_storage
@@ -49,7 +50,7 @@ def size(value: float) -> str:
 def typed(run: Run) -> str:
     """The run as one types it after a command: with its storage, unless that is the default one."""
     usual = open_store(run.storage).uri == open_store(default_storage()).uri
-    return run.name if usual else f"{run.name} --storage {run.storage}"
+    return run.name if usual else f"{run.name} --storage {shlex.quote(run.storage)}"
 
 
 def _row(console: Console, name: str, text: str, style: str = "bold") -> None:
@@ -96,7 +97,12 @@ def runs_table(rows: list[tuple[Run, State]], console: Console) -> None:
     for number in (0, 1, 4, 5, 6, 7):
         table.columns[number].no_wrap = True
     for run, state in rows:
-        spec, epochs = run.spec(), run.metrics().get("epochs", [])
+        try:
+            spec, epochs = run.spec(), run.metrics().get("epochs", [])
+        except LaunchError as error:
+            # One damaged run must not hide the others.
+            table.add_row(run.name, Text(state.status), Text(printable(str(error))))
+            continue
         top1 = state.result.get("top1", epochs[-1]["val"]["top1"] if epochs else None)
         ended = state.ended or (None if state.status.final else time.time())
         table.add_row(

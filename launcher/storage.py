@@ -60,7 +60,7 @@ class Store(Protocol):
         """The store rooted at a folder of this one."""
 
     def append(self, key: str) -> Appender:
-        """A writer that adds to the journal `key`, after what is there."""
+        """A writer that adds to the journal `key`, after what is there: on a new line, should that be cut short."""
 
     def read_from(self, key: str, cursor: Cursor) -> tuple[bytes, Cursor]:
         """What was added to the journal `key` since `cursor`, and the cursor after it."""
@@ -80,6 +80,11 @@ class Cursor:
 
     segment: int = 0
     offset: int = 0
+
+
+def cache_folder() -> Path:
+    """Where this user keeps, on this machine, what can be made or fetched again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "raylaunch"
 
 
 def open_store(uri: str | Path) -> Store:
@@ -184,7 +189,12 @@ class LocalStore:
     def append(self, key: str) -> Appender:
         with _os_errors(self.path(key)):
             self.path(key).parent.mkdir(parents=True, exist_ok=True)
-            return open(self.path(key), "ab")
+            file = open(self.path(key), "a+b")  # noqa: SIM115 - the caller closes it
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":
+                    file.write(b"\n")
+            return file
 
     def read_from(self, key: str, cursor: Cursor) -> tuple[bytes, Cursor]:
         try:

@@ -1,4 +1,4 @@
-"""A checkpoint counts only when it is whole: cut, changed, incomplete or left by a killed process, it is passed over."""
+"""A checkpoint counts only when it is whole: cut, changed, incomplete or left by a kill, it is passed over."""
 
 from __future__ import annotations
 

@@ -320,7 +320,8 @@ def test_a_bug_is_told_as_one_and_its_traceback_kept(monkeypatch: pytest.MonkeyP
 
 # -- without the train extra
 
-WITHOUT = "import sys\nfor name in ('torch', 'ray', 'timm', 'torchvision', 'sklearn', 'safetensors'): sys.modules[name] = None"
+EXTRA = ("torch", "ray", "timm", "torchvision", "sklearn", "safetensors")
+WITHOUT = f"import sys\nfor name in {EXTRA}: sys.modules[name] = None"
 
 
 def test_all_but_training_works_without_the_train_extra(tmp_path: Path, storage: Path) -> None:

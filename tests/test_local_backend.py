@@ -113,8 +113,20 @@ def test_a_cancelled_run_keeps_a_checkpoint_of_the_step_it_stopped_at(
     local.cancel(run)
     state = ended(local, run)
     assert state.status is Status.CANCELLED
-    assert run.latest_step() > 0
+    step = run.latest_step()
+    assert step > 0
     until(lambda: not processes_of(run))
+    local.submit(run)
+    assert not local.status(run).status.final, "the old end is no longer its state"
+    until(training(run, attempts=2))
+    assert (
+        next(
+            event
+            for event in Lines(run.store, "progress.jsonl").events()
+            if event["event"] == "start" and event["step"]
+        )["step"]
+        == step
+    )
 
 
 def test_a_killed_driver_is_started_again_and_goes_on(local: Backend, started: Callable[..., Run]) -> None:

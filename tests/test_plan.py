@@ -171,9 +171,9 @@ def test_what_cannot_be_is_refused_with_a_way_out(pool: Pool, asked: dict[str, A
 def test_digits_are_no_photos() -> None:
     made = plan(uri="sample://digits", facts={**FACTS, "train": 1_438})
     spec = made.spec
-    assert (spec.model.name, spec.model.pretrained, spec.data.image_size) == ("resnet18", "none", 32)
+    assert (spec.model.name, spec.model.pretrained, spec.data.image_size) == ("resnet10t", "none", 32)
     assert spec.augment.flip is False
-    assert plan(GPUS, uri="sample://digits").spec.model.name == "resnet18"
+    assert plan(GPUS, uri="sample://digits").spec.model.name == "resnet10t"
     assert plan(uri="sample://digits", augment__flip=True).spec.augment.flip is True
     reasons = {choice.key: choice.why for choice in made.choices}
     assert reasons["augment.flip"] == "a mirrored digit is another digit"

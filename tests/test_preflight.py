@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from launcher import preflight
-from launcher.catalog import cache_folder, model_facts
+from launcher.catalog import model_facts
 from launcher.errors import LaunchError, NotFoundError, UserError
 from launcher.plan import Plan
 from launcher.pools import Pool, _cpus, find_pool
@@ -21,6 +21,7 @@ from launcher.preflight import prepare, prepare_resume, whole
 from launcher.runs import Run
 from launcher.spec import valid_name
 from launcher.specfile import Draft
+from launcher.storage import cache_folder
 
 POOL = Pool("local", cpus=4, memory=2**33)
 

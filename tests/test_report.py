@@ -210,7 +210,7 @@ def test_the_page_shows_the_numbers_of_metrics_json(done: Run) -> None:
     final = metrics["final"]
     cells = [str(count) for row in final["confusion"] for count in row]
     start = texts.index("tulip", texts.index("What is taken for what"))
-    matrix = [text for text in texts[start:texts.index("Most confused")] if text.isdigit()]
+    matrix = [text for text in texts[start : texts.index("Most confused")] if text.isdigit()]
     assert matrix == cells
     assert _percent(final["top1"]) in texts
     for row in final["per_class"]:
@@ -234,7 +234,7 @@ def _percent(share: float) -> str:
 def test_classes_come_worst_first(undrawn: Run) -> None:
     text = render(undrawn)
     rows = sorted(undrawn.metrics()["final"]["per_class"], key=lambda row: row["f1"])
-    table = text[text.index('id="per-class"'):]
+    table = text[text.index('id="per-class"') :]
     places = [table.index(f">{row['label']}<") for row in rows]
     assert places == sorted(places)
 

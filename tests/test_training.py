@@ -46,7 +46,8 @@ def test_a_run_leaves_everything_a_user_was_promised(undisturbed: Run) -> None:
     keys = {entry.key for entry in undisturbed.store.list()}
     promised = {
         "spec.json", "plan.json", "index.parquet", "state.json", "events.jsonl", "progress.jsonl",
-        "metrics.json", "metrics.csv", "predictions.parquet", "data_report.json", "report.html", "logs/rank-0.log", "attempts/0001.json",
+        "metrics.json", "metrics.csv", "predictions.parquet", "data_report.json", "report.html",
+        "logs/rank-0.log", "attempts/0001.json",
         "model/weights.safetensors", "model/labels.json", "model/preprocess.json", "model/config.json",
         "model/README.md",
     }  # fmt: skip

@@ -20,6 +20,7 @@ from launcher.errors import BadImagesError, Exit, InfrastructureError, LaunchErr
 from launcher.journal import Journal
 from launcher.runs import Run, Status
 from launcher.spec import Spec
+from launcher.storage import cache_folder
 
 log = logging.getLogger(__name__)
 
@@ -149,7 +150,7 @@ class Driver:
             scaling_config=ScalingConfig(num_workers=number, use_gpu=gpus > 0, resources_per_worker=resources),
             run_config=RunConfig(
                 name=f"{self.run.name}-{secrets.token_hex(4)}",
-                storage_path=os.path.join(_scratch(), "ray"),
+                storage_path=str(cache_folder() / "ray"),
                 # Ray takes a typo for a dead GPU; what is tried again is decided here.
                 failure_config=FailureConfig(max_failures=0, controller_failure_limit=3),
                 logging_config=LoggingConfig(log_level="ERROR"),
@@ -232,12 +233,6 @@ def _start_ray(spec: Spec) -> None:
         address="local", num_cpus=workers * (each.cpus_per_worker or 1), num_gpus=workers * (each.gpus_per_worker or 0),
         include_dashboard=False, **quiet,
     )  # fmt: skip
-
-
-def _scratch() -> str:
-    from launcher.catalog import cache_folder
-
-    return str(cache_folder())
 
 
 def _end_with_parent() -> None:

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from importlib.util import find_spec
 
-from launcher.catalog import cache_folder
 from launcher.errors import BugError, NotFinishedError, SiteError, UserError
 from launcher.journal import Lines
 from launcher.runs import Run, State, Status, all_runs
+from launcher.storage import cache_folder
 
 START_SECONDS = 30.0
 """A supervisor that does not hold the run by then has failed."""
@@ -29,18 +29,19 @@ class LocalBackend:
             raise SiteError("training on this machine needs torch, timm and ray", where="local",
                             hint="pip install 'raylaunch[train]'")  # fmt: skip
         run.clear_cancel()
+        run.update(status=Status.PENDING, reason="", error=None, ended=None)
         log = cache_folder() / "supervisors" / f"{run.name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         # The driver starts its own Ray; one that happens to be named in the environment is not asked.
         environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
         with open(log, "wb") as out:
-            subprocess.run(
+            begun = subprocess.run(
                 [sys.executable, "-m", "launcher.backends.supervisor", run.uri],
                 stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environment, check=False,
             )  # fmt: skip
         deadline = time.monotonic() + START_SECONDS
         while run.owner() is None and not run.state().status.final:
-            if time.monotonic() > deadline:
+            if begun.returncode or time.monotonic() > deadline:
                 raise BugError("the supervisor did not start", where=str(log), hint=f"launch resume {run.name}")
             time.sleep(0.05)
 
@@ -54,7 +55,7 @@ class LocalBackend:
         state = run.state()
         if state.status.final:
             return state
-        return replace(state, status=Status.INTERRUPTED, reason=f"nothing drives it any more; launch resume {run.name}")
+        return replace(state, status=Status.INTERRUPTED, reason="nothing drives it any more")
 
     def logs(self, run: Run, only: str = "") -> Iterator[tuple[str, str]]:
         readers: dict[str, Lines] = {}
@@ -77,7 +78,11 @@ class LocalBackend:
 
     def list(self, storage: str) -> Iterator[tuple[Run, State]]:
         for run in all_runs(storage):
-            yield run, self.status(run)
+            try:
+                yield run, self.status(run)
+            except SiteError as error:
+                # A damaged file costs its own run the status, not the others the list.
+                yield run, State(Status.INTERRUPTED, reason=str(error))
 
     def delete(self, run: Run) -> None:
         if run.owner() is not None:

@@ -147,8 +147,7 @@ class Supervisor:
     def _terminated(self, *_: object) -> None:
         """The machine shuts down, or somebody wants this run gone: leave it to `resume`."""
         _kill_descendants()
-        self.run.update(status=Status.INTERRUPTED, reason=f"it was terminated; launch resume {self.run.name}",
-                        ended=time.time())  # fmt: skip
+        self.run.update(status=Status.INTERRUPTED, reason="it was terminated", ended=time.time())
         self.run.release()
         os._exit(128 + signal.SIGTERM)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import SiteError, UserError, nearest
+from launcher.storage import cache_folder
 
 SAMPLES: dict[str, dict[str, Any]] = {
     "digits": {
@@ -55,8 +56,7 @@ def materialise(name: str) -> Path:
         SiteError: scikit-learn is missing, or the cache folder cannot be written.
     """
     _known(name)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = cache / "raylaunch" / "samples" / name
+    folder = cache_folder() / "samples" / name
     if folder.is_dir():
         return folder
     temporary = ""

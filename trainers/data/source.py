@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from launcher.errors import DataError
-from launcher.storage import Store, open_store
+from launcher.storage import Store, cache_folder, open_store
 from trainers.data.index import Index
 from trainers.data.listing import locate
 
@@ -84,7 +84,7 @@ class Source:
 
 def default_cache() -> Path:
     """`$RAYLAUNCH_CACHE`, else a folder in the user's cache."""
-    return Path(os.environ.get("RAYLAUNCH_CACHE") or Path.home() / ".cache" / "raylaunch" / "objects")
+    return Path(os.environ.get("RAYLAUNCH_CACHE") or cache_folder() / "objects")
 
 
 def _whole(path: Path, size: int) -> bytes | None:
