@@ -178,7 +178,7 @@ class Run:
             first = error.errors(include_url=False)[0]
             key = ".".join(str(part) for part in first["loc"])
             raise SiteError(f"another version of raylaunch wrote the spec ({key}: {first['msg']})",
-                            where=f"{self.uri}/spec.json", hint="use the version that made the run") from error  # fmt: skip
+                            where=f"{self.uri}/spec.json", hint="use that version") from error  # fmt: skip
 
     def set_spec(self, spec: Spec, plan: dict[str, Any]) -> None:
         """Replaces the spec of a run that is resumed with allowed changes."""

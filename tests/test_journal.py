@@ -43,28 +43,29 @@ def test_events_are_read_as_they_come(store: Store) -> None:
 
 
 def test_a_line_is_given_only_when_it_is_whole(store: Store) -> None:
-    lines = Lines(store, "log")
+    lines, journal = Lines(store, "log"), store.append("log")
     for data, expected in ((b"one\ntw", ["one"]), (b"", []), (b"o", []), (b"\n\nfour\nfi", ["two", "", "four"])):
-        put(store, data)
+        journal.write(data)
+        journal.flush()
         assert list(lines.new()) == expected
+    journal.close()
 
 
 def test_a_letter_cut_in_two_is_whole_in_the_end(store: Store) -> None:
-    lines = Lines(store, "log")
+    lines, journal = Lines(store, "log"), store.append("log")
     flower = "花\n".encode()
-    put(store, flower[:2])
-    assert list(lines.new()) == []
-    put(store, flower[2:])
-    assert list(lines.new()) == ["花"]
-    put(store, b"\xff\xfe\n")
-    assert list(lines.new()) == ["\ufffd\ufffd"]
+    for data, expected in ((flower[:2], []), (flower[2:], ["花"]), (b"\xff\xfe\n", ["\ufffd\ufffd"])):
+        journal.write(data)
+        journal.flush()
+        assert list(lines.new()) == expected
+    journal.close()
 
 
 def test_an_event_torn_by_a_kill_is_skipped_and_the_next_attempt_goes_on(store: Store) -> None:
     put(store, b'{"event":"step","n":1}\n{"event":"st')
     lines = Lines(store, "log")
     assert [event["n"] for event in lines.events()] == [1]
-    put(store, b'\n{"event":"step","n":2}\n')
+    put(store, b'{"event":"step","n":2}\n')
     assert [event["n"] for event in lines.events()] == [2]
 
 

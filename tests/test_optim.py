@@ -22,7 +22,7 @@ def rates(**settings: object) -> list[float]:
 @pytest.mark.parametrize("schedule", ["cosine", "step", "constant"])
 def test_warm_up_rises_in_a_line_to_the_peak_and_nothing_exceeds_it(schedule: str) -> None:
     found = rates(schedule=schedule)
-    rises = [later - earlier for earlier, later in itertools.pairwise(found)]
+    rises = [later - earlier for earlier, later in itertools.pairwise(found[:20])]
     assert all(rise == pytest.approx(rises[0]) for rise in rises)
     assert rises[0] > 0
     assert max(found) == pytest.approx(0.4)
@@ -33,7 +33,7 @@ def test_cosine_is_half_at_the_middle_and_nearly_nothing_at_the_end() -> None:
     found = rates(schedule="cosine")
     assert found[20 + 90] == pytest.approx(0.2)
     assert found[-1] == pytest.approx(0.2 * (1 + math.cos(math.pi * 179 / 180)))
-    assert all(later < earlier for earlier, later in itertools.pairwise(found))
+    assert all(later < earlier for earlier, later in itertools.pairwise(found[20:]))
 
 
 def test_steps_fall_by_gamma_every_so_many_epochs() -> None:

@@ -121,7 +121,7 @@ def test_a_journal_is_read_as_it_grows(store: Store) -> None:
 
 
 def test_a_journal_goes_on_over_segments_and_after_reopening(store: Store) -> None:
-    pieces = [bytes([65 + number]) * (SEGMENT_BYTES // 3) for number in range(8)]
+    pieces = [bytes([65 + number]) * (SEGMENT_BYTES // 3) + b"\n" for number in range(8)]
     cursor, seen = Cursor(), b""
     for number, piece in enumerate(pieces):
         if number % 3 == 0:

@@ -16,7 +16,7 @@ from launcher.runs import Run, Status
 from tests.test_local_backend import until
 from tests.tiny import new_run, weights
 
-SETTINGS = {"train__epochs": 4, "train__batch_size": 16, "checkpoint__every_minutes": 0.02}
+SETTINGS = {"train__epochs": 2, "train__batch_size": 16, "checkpoint__every_minutes": 0.02}
 
 
 def finish(local: Backend, run: Run) -> Run:
