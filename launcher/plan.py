@@ -59,7 +59,8 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """The content of plan.json."""
         return {
-            "pool": asdict(self.pool),
+            "pool": self.pool.name,
+            "machine": asdict(self.pool),
             "workers": self.workers,
             "steps_per_epoch": self.steps_per_epoch,
             "facts": self.facts,

@@ -19,7 +19,8 @@ from launcher.errors import DataError, LaunchError, UserError
 from launcher.s3 import s3_client
 from launcher.spec import Data
 from launcher.storage import Entry, open_store
-from trainers.data.index import Index, build_index, val_count
+from trainers.data.index import Index, build_index
+from trainers.data.order import val_count
 from trainers.data.sample import materialise, sample_facts
 
 FLOWERS = [f"{label}/{number:02d}.jpg" for label in ("rose", "tulip") for number in range(10)]

@@ -208,8 +208,8 @@ def test_what_is_unwise_is_noted(facts: dict[str, Any], asked: dict[str, Any], w
 
 def test_the_plan_is_json() -> None:
     document = plan(GPUS).to_json()
-    assert json.loads(json.dumps(document))["pool"]["gpu_type"] == "NVIDIA H100"
-    assert set(document) == {"pool", "workers", "steps_per_epoch", "facts", "warnings", "choices"}
+    assert json.loads(json.dumps(document))["machine"]["gpu_type"] == "NVIDIA H100"
+    assert set(document) == {"pool", "machine", "workers", "steps_per_epoch", "facts", "warnings", "choices"}
     assert plan(facts={}).steps_per_epoch is None
 
 

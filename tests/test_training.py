@@ -97,7 +97,7 @@ def test_a_run_on_s3_equals_the_run_on_disk(undisturbed: Run, bucket: str) -> No
         {},
         {"optim__ema_decay": 0.9, "train__accumulate": 2, "train__channels_last": True},
         {"model__drop_rate": 0.3, "augment__mixup": 0.2, "augment__cutmix": 1.0, "augment__policy": "randaugment",
-         "augment__erasing": 0.25, "model__freeze": ["conv1"]},
+         "augment__erasing": 0.25, "train__deterministic": True, "model__freeze": ["conv1"]},
     ],
     ids=["plain", "ema-accumulate-nhwc", "everything-random"],
 )  # fmt: skip

@@ -134,4 +134,4 @@ def _write_model(trainer: Trainer, final: dict[str, Any]) -> None:
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return platform.processor() or platform.machine()
+    return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads a worker)"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -304,6 +305,9 @@ class Trainer:
     def _arithmetic(self) -> None:
         if self.device.type == "cpu":
             torch.set_num_threads(self.spec.resources.cpus_per_worker or 1)
+        if self.spec.train.deterministic:
+            # cuBLAS is deterministic only with a workspace of fixed size, and reads this when it is first used.
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(self.spec.train.deterministic)
         torch.backends.cudnn.benchmark = not self.spec.train.deterministic
         torch.set_float32_matmul_precision("high")

@@ -20,6 +20,7 @@ from launcher.errors import DataError, UserError, nearest
 from launcher.spec import Data
 from launcher.storage import Store
 from trainers.data.listing import Listing, Sample, few, list_images
+from trainers.data.order import val_count
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -138,11 +139,6 @@ def build_index(data: Data) -> Index:
         raise DataError(f"there is only one class: {classes[0]}", where=data.uri,
                         hint="a classifier needs two or more class folders or labels")  # fmt: skip
     return Index(listing.uri, classes, _table(samples), listing.ignored)
-
-
-def val_count(images: int, fraction: float) -> int:
-    """How many of a class's images are held out: at least one, and never all."""
-    return min(max(round(fraction * images), 1), images - 1)
 
 
 def _listing(data: Data) -> Listing:

@@ -1,4 +1,4 @@
-"""Which samples each step, rank and micro-batch sees: a pure function of (seed, epoch, step).
+"""How many samples are held out, and which each step, rank and micro-batch sees: pure functions of seed and step.
 
 It holds whatever the number of workers, and on every version of numpy, so a resumed run goes on exactly where it
 stopped: all chance comes from splitmix64 (Steele et al. 2014). There is no state here but the counter of a `Draws`.
@@ -13,6 +13,11 @@ Ints = npt.NDArray[np.int64]
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
+
+
+def val_count(images: int, fraction: float) -> int:
+    """How many of a class's images are held out: at least one, and never all."""
+    return min(max(round(fraction * images), 1), images - 1)
 
 
 def steps_per_epoch(samples: int, batch_size: int) -> int:

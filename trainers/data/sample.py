@@ -29,7 +29,7 @@ SAMPLES: dict[str, dict[str, Any]] = {
 
 def sample_facts(name: str, val_fraction: float = 0.2) -> dict[str, Any]:
     """What `build_index(...).facts()` gives for the sample, without making it. Unknown names: `UserError`."""
-    from trainers.data.index import val_count
+    from trainers.data.order import val_count
 
     sample = _known(name)
     sizes: dict[str, int] = sample["sizes"]
