@@ -159,7 +159,7 @@ class _Rules:
         cpus = max(1, pool.cpus // workers)
         self.choose("resources.cpus_per_worker", cpus, f"{count(pool.cpus, 'core')} for {count(workers, 'worker')}")
         if on_gpu:
-            self.choose("train.precision", "bf16" if pool.bf16 else "fp16", f"twice as fast as fp32 on {pool.gpu_type}")
+            self.choose("train.precision", "bf16" if pool.bf16 else "fp16", f"faster than fp32 on {pool.gpu_type}")
             self.choose("train.channels_last", True, "the layout of tensor cores")
         else:
             self.choose("train.precision", "fp32", "CPUs without AMX compute bf16 many times slower")

@@ -115,7 +115,7 @@ class Train(_Section):
     compile: bool = _field(False, "torch.compile the model.", "minutes of compiling pay only for long runs")
     seed: int = _field(0, "Seed of every random choice.", "the same command gives the same run", ge=0, lt=2**32)
     deterministic: bool = _field(
-        False, "Only deterministic kernels on the GPU.", "about 10 % slower; a CPU is deterministic anyway"
+        False, "Only deterministic kernels on the GPU.", "slower; a CPU is deterministic anyway"
     )
     early_stop: int = _field(
         0,

@@ -25,7 +25,7 @@ from launcher.spec import Spec
 from trainers import checkpoint, export, guards, optim, resume
 from trainers.data.augment import EvalTransform, TrainTransform
 from trainers.data.index import Index
-from trainers.data.loader import Batch, Loader, Step
+from trainers.data.loader import Batch, Loader, Step, too_many_bad
 from trainers.data.source import Source
 from trainers.evaluate import Tally
 from trainers.guards import Team
@@ -211,6 +211,9 @@ class Trainer:
         """Key and reason of every image that no rank could read so far, in this attempt or before; on every rank."""
         for bad in self.team.gather(dict(self.loader.bad)):
             self.bad |= bad
+        # Each rank stops at the limit by itself; here what they met together counts.
+        if len(self.bad) > self.spec.data.max_bad_fraction * len(self.index.table):
+            raise too_many_bad(self.index, self.bad)
         return [{"key": key, "reason": reason} for key, reason in sorted(self.bad.items())]
 
     # -- what it calls

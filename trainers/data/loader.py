@@ -189,7 +189,7 @@ class Loader:
         except BadImage as error:
             self.bad[self._index.key(row)] = str(error)
             if len(self.bad) > self._max_bad:
-                raise _too_many_bad(self._index, dict(self.bad)) from error
+                raise too_many_bad(self._index, dict(self.bad)) from error
             return None
         return transform(image)
 
@@ -221,7 +221,7 @@ class _Filling:
         return self._pixels[self._kept], self._rows[self._kept]
 
 
-def _too_many_bad(index: Index, bad: dict[str, str]) -> BadImagesError:
+def too_many_bad(index: Index, bad: dict[str, str]) -> BadImagesError:
     """The error that ends a run with more unreadable images than it allows."""
     named = [f"{key} ({reason})" for key, reason in bad.items()]
     return BadImagesError(
