@@ -1,6 +1,6 @@
 """What the worker's loop costs over a bare PyTorch loop: same model, same batches in memory, same process.
 
-    python benchmarks/loop.py [--model resnet18] [--size 64] [--batch 32] [--rounds 15]
+    python benchmarks/loop.py [--model resnet18] [--size 32] [--batch 32] [--rounds 20]
 
 Blocks of both loops take turns; each round gives a ratio of their times. Prints the median ratio and the spread, for
 1 and for 2 workers (processes with one thread each, gloo, DDP). The bar is 1.03.
@@ -31,7 +31,7 @@ from trainers.driver import Driver
 from trainers.guards import Team
 from trainers.worker import Trainer
 
-BLOCK = 8
+BLOCK = 4
 """Steps of a loop before the other has its turn."""
 
 
@@ -117,9 +117,9 @@ def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="resnet18")
-    parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--size", type=int, default=32)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=20)
     options = parser.parse_args()
     print(
         f"{options.model}, {options.size} px, {options.batch} images a worker, {options.rounds} rounds of {BLOCK} steps"
