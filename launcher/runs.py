@@ -38,6 +38,8 @@ from launcher.spec import Spec, valid_name
 from launcher.storage import Store, open_store
 
 SCHEMA = 1
+STRIKES = 3
+"""What was lost is tried again until this many losses in a row came without a new checkpoint between them."""
 LEASE_SECONDS = 60.0
 """A lease that was not confirmed for this long no longer counts."""
 
@@ -258,12 +260,7 @@ class Run:
 
     def latest_step(self) -> int:
         """Step of the newest whole checkpoint, or -1."""
-        steps = [
-            int(entry.key.split("/")[1].removeprefix("step-"))
-            for entry in self.store.list("checkpoints/step-")
-            if entry.key.endswith("/manifest.json")
-        ]
-        return max(steps, default=-1)
+        return max(checkpoint_steps(self.store), default=-1)
 
     def delete(self) -> None:
         """Removes everything; spec.json goes last, so an interrupted removal is still found."""
@@ -285,6 +282,12 @@ class Run:
         close = nearest(self.name, open_store(self.storage).folders())
         return NotFoundError(f"there is no run {self.name}" + (f"; {close}" if close else ""), where=self.storage,
                              hint="launch list shows all; --storage names another place")  # fmt: skip
+
+
+def checkpoint_steps(store: Store) -> list[int]:
+    """Steps of a run's sealed checkpoints, those with a manifest, ascending."""
+    keys = (entry.key for entry in store.list("checkpoints/step-"))
+    return sorted(int(key.split("/")[1][5:]) for key in keys if key.endswith("/manifest.json"))
 
 
 def all_runs(storage: str) -> list[Run]:

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from launcher.errors import InfrastructureError, SiteError
+from launcher.runs import checkpoint_steps
 from launcher.storage import Entry, LocalStore, Store, open_store
-from trainers.checkpoint import MISSES, Saver, Snapshot, folder, load, load_latest, prune, save, steps
+from trainers.checkpoint import MISSES, Saver, Snapshot, folder, load, load_latest, prune, save
 
 
 def snapshot(step: int) -> Snapshot:
@@ -37,7 +38,7 @@ def test_what_is_loaded_is_what_was_saved(place: str) -> None:
     store = open_store(place)
     save(store, snapshot(7))
     assert same(load(store, 7), snapshot(7))
-    assert steps(store) == [7]
+    assert checkpoint_steps(store) == [7]
 
 
 FILES = ("manifest.json", "state.json", "weights.safetensors", "optimizer.safetensors")
@@ -79,7 +80,7 @@ def test_pruning_keeps_the_newest_and_the_best_and_what_is_being_written(place: 
         save(store, snapshot(step))
     store.write(f"{folder(6)}/weights.safetensors", b"half")
     prune(store, 2, [2])
-    assert steps(store) == [2, 4, 5]
+    assert checkpoint_steps(store) == [2, 4, 5]
     assert {entry.key.split("/")[1] for entry in store.list("checkpoints/")} == {
         folder(step).removeprefix("checkpoints/") for step in (2, 4, 5, 6)
     }

@@ -20,6 +20,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from launcher.errors import InfrastructureError, SiteError
+from launcher.runs import checkpoint_steps
 from launcher.storage import Store
 
 log = logging.getLogger(__name__)
@@ -63,12 +64,6 @@ def save(store: Store, snapshot: Snapshot) -> None:
     store.write(f"{base}/manifest.json", json.dumps(manifest, indent=1).encode())
 
 
-def steps(store: Store) -> list[int]:
-    """Steps of all sealed checkpoints, ascending."""
-    keys = (entry.key for entry in store.list("checkpoints/step-"))
-    return sorted(int(key.split("/")[1][5:]) for key in keys if key.endswith("/manifest.json"))
-
-
 def load(store: Store, step: int) -> Snapshot:
     """The checkpoint of a step; `SiteError` names the file that is absent or damaged."""
     base = folder(step)
@@ -94,7 +89,7 @@ def load(store: Store, step: int) -> Snapshot:
 
 def load_latest(store: Store, skipped: Callable[[str], None]) -> Snapshot | None:
     """The newest checkpoint that is whole, or None. `skipped` is told of each that is not."""
-    for step in reversed(steps(store)):
+    for step in reversed(checkpoint_steps(store)):
         try:
             return load(store, step)
         except SiteError as error:
@@ -104,7 +99,7 @@ def load_latest(store: Store, skipped: Callable[[str], None]) -> Snapshot | None
 
 def prune(store: Store, keep: int, also: Iterable[int]) -> None:
     """Deletes all but the `keep` newest checkpoints and those of the steps in `also`; the manifest goes first."""
-    kept = {*steps(store)[-keep:], *also}
+    kept = {*checkpoint_steps(store)[-keep:], *also}
     newest = max(kept, default=-1)
     doomed: dict[int, list[str]] = {}
     for entry in store.list("checkpoints/step-"):

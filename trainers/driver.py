@@ -18,14 +18,11 @@ from typing import Any
 
 from launcher.errors import BadImagesError, Exit, InfrastructureError, LaunchError, UserError, from_record
 from launcher.journal import Journal
-from launcher.runs import Run, Status
+from launcher.runs import STRIKES, Run, Status, checkpoint_steps
 from launcher.spec import Spec
 from launcher.storage import cache_folder
 
 log = logging.getLogger(__name__)
-
-STRIKES = 3
-"""An infrastructure error is retried until this many in a row came without a new checkpoint between them."""
 
 RAY_SETTINGS = {
     "RAY_AUTH_MODE": "token",
@@ -122,7 +119,7 @@ class Driver:
         if least < workers:
             raise UserError(f"{workers} workers cannot share a batch of {least} images", where="train.batch_size",
                             hint="fewer --workers, or a larger --batch-size")  # fmt: skip
-        if checkpoint.steps(run.store):
+        if checkpoint_steps(run.store):
             return
         network = model.initial(spec, len(index.classes))
         model.freeze(network, spec.model.freeze)

@@ -83,7 +83,7 @@ class Trainer:
             for values in (self.preprocess.mean, self.preprocess.std)
         )
         self.epochs: list[dict[str, Any]] = []
-        self.seconds = {"train": 0.0, "eval": 0.0, "wait": 0.0, "checkpoint": 0.0}
+        self.seconds = {"train": 0.0, "eval": 0.0, "wait": 0.0}
         self.meter = Meter()
         self.step = 0
         listed = (run.read_json("data_report.json") or {"bad": []})["bad"]

@@ -19,9 +19,8 @@ import psutil
 
 from launcher.errors import BugError, InfrastructureError, LaunchError
 from launcher.journal import Journal, open_journal
-from launcher.runs import Owner, Run, Status
+from launcher.runs import STRIKES, Owner, Run, Status
 
-STRIKES = 3
 GRACE_SECONDS = 60.0
 """Time a cancelled run has for its last checkpoint."""
 LEASE_EVERY = 15.0
