@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from launcher import __version__, manage
+from launcher import __version__, manage, operate
 from launcher.errors import Exit, LaunchError, SiteError, UserError, closest, printable
+from launcher.where import Where, where_options
 
 if TYPE_CHECKING:
     from launcher.plan import Plan
+    from launcher.pools import Pool
     from launcher.runs import Run
     from launcher.specfile import Draft
 
@@ -35,6 +37,11 @@ FLAGS = {
     "train.seed": ("--seed", int, "Seed of every random choice."),
     "optim.lr": ("--lr", float, "Peak learning rate."),
     "resources.workers": ("--workers", int, "Number of workers."),
+    "resources.node_type": ("--gpu", str, "Kind of node of the pool."),
+    "resources.spot": ("--spot/--no-spot", bool, "Cheaper nodes that may be taken away."),
+    "resources.priority": ("--priority", str, "Priority class on the cluster."),
+    "limits.max_hours": ("--max-hours", float, "End after so many hours on a cluster."),
+    "limits.max_cost": ("--max-cost", float, "End before it has cost more."),
 }
 """Spec fields that have a flag of their own; every other field is reached by --set."""
 
@@ -113,6 +120,7 @@ def main() -> None:
     launch --data sample://digits            try it on a built-in data set
     launch --data s3://bucket/flowers        one folder for each class
     launch spec.yaml --dry-run               say what would be done, and why
+    launch --cluster gpu-pool --data s3://…  on Kubernetes; launch pools lists the pools
 
     Without a command, `launch` is `launch run`.
     """
@@ -126,7 +134,7 @@ def _spec_flags(*keys: str) -> Callable[[Callable[..., Any]], Callable[..., Any]
                                help="Any field of the spec (launch schema lists them).")(command)  # fmt: skip
         for key in reversed(keys or tuple(FLAGS)):
             flag, kind, text = FLAGS[key]
-            command = click.option(flag, key.replace(".", "__"), type=kind, help=text)(command)
+            command = click.option(flag, key.replace(".", "__"), type=kind, default=None, help=text)(command)
         return command
 
     return add
@@ -135,17 +143,19 @@ def _spec_flags(*keys: str) -> Callable[[Callable[..., Any]], Callable[..., Any]
 @main.command()
 @click.argument("spec_file", required=False, metavar="[SPEC.yaml]")
 @_spec_flags()
-@click.option("--cluster", default="local", help="Pool to run on.", show_default=True)
-@manage.storage_option
-@click.option("--dry-run", is_flag=True, help="Say what would be done and why; print the whole spec; start nothing.")
+@where_options
+@click.option("--dry-run", is_flag=True, help="Say what would be done and why; print it (see below); start nothing.")
 @click.option("-d", "--detach", is_flag=True, help="Return as soon as the run has started.")
+@click.option("-y", "--yes", is_flag=True, help="Do not ask before a run that may cost much.")
 @manage.output_option
 def run(
-    spec_file: str | None, cluster: str, storage: str | None, dry_run: bool, detach: bool, output: str,
-    sets: tuple[str, ...], **flags: Any,
+    spec_file: str | None, where: Where, dry_run: bool, detach: bool, yes: bool, output: str, sets: tuple[str, ...],
+    **flags: Any,
 ) -> None:  # fmt: skip
-    """Fine-tune a model, here or on a pool, and watch it."""
-    from launcher import pools
+    """Fine-tune a model, here or on a pool, and watch it.
+
+    --dry-run prints the whole spec; with --cluster, what `kubectl apply -f -` takes.
+    """
     from launcher.preflight import prepare
     from launcher.specfile import Draft
 
@@ -153,21 +163,22 @@ def run(
     if spec_file:
         draft.read(Path(spec_file))
     _take(draft, flags, sets)
-    if storage:
-        draft.put("storage", storage, "--storage")
-    pool = pools.find_pool(cluster)
+    if where.storage:
+        draft.put("storage", where.storage, "--storage")
+    pool = where.pool()
     plan, index = prepare(draft, pool)
     here = _run_of(plan)
     if dry_run:
         _print_dry_run(plan, here, output)
         return
     _show_plan(plan, here)
+    operate.agree(plan, yes=yes)
     here.create(plan.spec, plan.to_json())
     if index is not None:
         index.save(here.store)
     try:
-        _start(here, pool.name, detach, output)
-    except SiteError:
+        _start(here, pool, detach, output)
+    except (SiteError, UserError):
         here.delete()  # nothing was started: the name is free again
         raise
 
@@ -176,7 +187,7 @@ def _take(draft: Draft, flags: dict[str, Any], sets: tuple[str, ...]) -> None:
     for key, value in flags.items():
         if value is not None:
             dotted = key.replace("__", ".")
-            draft.put(dotted, value, FLAGS[dotted][0])
+            draft.put(dotted, value, FLAGS[dotted][0].partition("/")[0])
     for text in sets:
         draft.assign(text)
 
@@ -191,6 +202,7 @@ def _show_plan(plan: Plan, here: Run) -> None:
     from launcher import show
 
     show.plan_table(plan, here.uri, manage.console(), every=False)
+    operate.show_outlook(plan)
 
 
 def _print_dry_run(plan: Plan, here: Run, output: str) -> None:
@@ -200,11 +212,14 @@ def _print_dry_run(plan: Plan, here: Run, output: str) -> None:
     show.plan_table(plan, here.uri, manage.console(), every=True)
     if output == "json":
         click.echo(json.dumps({"spec": plan.spec.model_dump(mode="json"), **plan.to_json()}, indent=1))
+    elif plan.layout:
+        operate.show_outlook(plan)
+        click.echo(operate.manifest_text(plan, here.uri), nl=False)
     else:
         click.echo(dump(plan.spec), nl=False)
 
 
-def _start(here: Run, pool: str, detach: bool, output: str) -> None:
+def _start(here: Run, pool: Pool, detach: bool, output: str) -> None:
     from launcher.backends import backend
 
     engine = backend(pool)
@@ -215,7 +230,8 @@ def _start(here: Run, pool: str, detach: bool, output: str) -> None:
     if detach:
         from launcher.show import typed
 
-        click.echo(f"{here.name} is running; launch attach {typed(here)} watches it", err=True)
+        click.echo(f"{here.name} is {'submitted' if pool.site else 'running'}; launch attach {typed(here)} watches it",
+                   err=True)  # fmt: skip
         if output == "json":
             click.echo(json.dumps(manage.summary(here, engine.status(here)), indent=1))
         return
@@ -224,33 +240,33 @@ def _start(here: Run, pool: str, detach: bool, output: str) -> None:
 
 @main.command()
 @manage.name_argument
-@_spec_flags("train.epochs", "resources.workers")
+@_spec_flags("train.epochs", "resources.workers", "limits.max_hours", "limits.max_cost")
 @click.option("-d", "--detach", is_flag=True, help="Return as soon as the run has started.")
-@manage.storage_option
+@click.option("-y", "--yes", is_flag=True, help="Do not ask before a run that may cost much.")
+@where_options
 @manage.output_option
-def resume(name: str, detach: bool, storage: str | None, output: str, sets: tuple[str, ...], **flags: Any) -> None:
+def resume(name: str, detach: bool, yes: bool, where: Where, output: str, sets: tuple[str, ...], **flags: Any) -> None:
     """Go on with a run, or make it longer. It begins at its last checkpoint."""
-    from launcher import pools
     from launcher.backends import backend
     from launcher.preflight import prepare_resume
     from launcher.specfile import Draft
 
-    here = manage.find_run(storage, name)
-    engine = backend("local")
-    state = engine.status(here)
+    here = where.run(name)
+    pool = where.pool(here.pool())
+    state = backend(pool).status(here)
     if not state.status.final:
         raise UserError(f"{name} is {state.status.lower()}", where=here.uri, hint=f"launch attach {name} watches it")
     draft = Draft()
     _take(draft, flags, sets)
-    pool = pools.find_pool("local")
     plan, changes = prepare_resume(here, draft, pool)
     if state.status.name == "SUCCEEDED" and (plan.spec.train.epochs or 0) <= len(here.metrics().get("epochs", [])):
         raise UserError(f"{name} has finished", where=here.uri, hint=f"launch resume {name} --epochs N makes it longer")
     for key, (before, after) in changes.items():
         click.echo(f"changed  {key}: {before} -> {after}", err=True)
+    operate.agree(plan, yes=yes)
     if changes:
         here.set_spec(plan.spec, plan.to_json())
-    _start(here, pool.name, detach, output)
+    _start(here, pool, detach, output)
 
 
 @main.command()
@@ -261,5 +277,5 @@ def schema() -> None:
     click.echo(json.dumps(Spec.model_json_schema(), indent=1))
 
 
-for _command in manage.COMMANDS:
+for _command in (*manage.COMMANDS, *operate.COMMANDS):
     main.add_command(_command)

@@ -109,11 +109,24 @@ class SiteError(LaunchError):
     exit_code = Exit.FAILED
 
 
+class NeverStartedError(SiteError):
+    """The site gave the run no place to start within the time it may wait."""
+
+    exit_code = Exit.NEVER_STARTED
+
+
 class InfrastructureError(LaunchError):
     """A process, node or connection was lost. The run is retried from its last checkpoint."""
 
     family = "infrastructure"
     exit_code = Exit.FAILED
+
+
+class FencedError(LaunchError):
+    """Another attempt of the run has taken over; this one must end without another word."""
+
+    family = "infrastructure"
+    exit_code = Exit.NOT_FINISHED
 
 
 class BugError(LaunchError):
@@ -124,7 +137,8 @@ _KINDS = {
     kind.__name__: kind
     for kind in (
         LaunchError, UserError, NotFoundError, NotFinishedError, DataError, BadImagesError, NonFiniteLossError,
-        SiteError, InfrastructureError, BugError,
+        SiteError, NeverStartedError, InfrastructureError,
+        FencedError, BugError,
     )
 }  # fmt: skip
 

@@ -7,15 +7,28 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from launcher.errors import Exit, LaunchError, NotFinishedError, NotFoundError, SiteError, UserError, printable
+from launcher.errors import (
+    Exit,
+    InfrastructureError,
+    LaunchError,
+    NotFinishedError,
+    NotFoundError,
+    SiteError,
+    UserError,
+    printable,
+)
+from launcher.where import Where, storage_option, where_options
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,9 +37,9 @@ if TYPE_CHECKING:
     from launcher.runs import Run, State
     from launcher.storage import Store
 
-storage_option = click.option(
-    "--storage", help="Folder or s3:// prefix of the runs.  [default: $RAYLAUNCH_STORAGE or ~/raylaunch]"
-)
+CANCEL_SECONDS = 150.0
+"""A run that has not saved and stopped by then is killed."""
+
 output_option = click.option("-o", "--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
 name_argument = click.argument("name", shell_complete=lambda ctx, _param, part: _complete(ctx, part))
 
@@ -74,57 +87,56 @@ def summary(here: Run, state: State) -> dict[str, Any]:
     return document
 
 
-def find_run(storage: str | None, name: str) -> Run:
-    """The run of that name, or `NotFoundError`."""
-    from launcher.runs import find
-
-    return find(_where(storage), name)
-
-
-def _where(storage: str | None) -> str:
-    from launcher.preflight import whole
-    from launcher.runs import default_storage
-
-    return whole(storage or default_storage())
-
-
 def _complete(ctx: click.Context, part: str) -> list[str]:
     from launcher.runs import all_runs
 
     with suppress(LaunchError):  # a prompt is no place for an error
-        return [item.name for item in all_runs(_where(ctx.params.get("storage"))) if item.name.startswith(part)]
+        root = Where(ctx.params.get("storage"), ctx.params.get("cluster")).root()
+        return [item.name for item in all_runs(root) if item.name.startswith(part)]
     return []
 
 
 @click.command("list")
-@storage_option
+@where_options
 @output_option
-def list_(storage: str | None, output: str) -> None:
+def list_(where: Where, output: str) -> None:
     """Show all runs."""
-    from launcher.backends import backend
-
-    where = _where(storage)
-    rows = sorted(backend("local").list(where), key=lambda pair: -pair[1].created)
+    rows = sorted(_rows(where), key=lambda pair: -pair[1].created)
     if output == "json":
         click.echo(json.dumps([summary(*row) for row in rows], indent=1))
     elif not rows:
-        click.echo(f"no runs in {where}; launch --data sample://digits makes the first", err=True)
+        click.echo(f"no runs in {where.root()}; launch --data sample://digits makes the first", err=True)
     else:
         from launcher import show
 
         show.runs_table(rows, console(stderr=False))
 
 
+def _rows(where: Where) -> Iterator[tuple[Run, State]]:
+    """Every run in the storage, each with its state from the place that carries it out."""
+    from launcher.backends import backend
+    from launcher.runs import all_runs
+
+    root = where.root()
+    runs = all_runs(root)
+    for name in sorted({run.pool() for run in runs}):
+        try:
+            yield from backend(where.pool(name)).list(root)
+        except LaunchError as error:
+            # A cluster out of reach costs its runs the latest word, not the others the list.
+            for run in runs:
+                if run.pool() == name:
+                    yield run, replace(run.state(), reason=f"as last recorded: {error}")
+
+
 @click.command()
 @name_argument
-@storage_option
+@where_options
 @output_option
-def status(name: str, storage: str | None, output: str) -> None:
+def status(name: str, where: Where, output: str) -> None:
     """Show where a run stands, and why."""
-    from launcher.backends import backend
-
-    here = find_run(storage, name)
-    state = backend("local").status(here)
+    here = where.run(name)
+    state = where.reader(here).status(here)
     if output == "json":
         epochs = here.metrics().get("epochs", [])
         click.echo(json.dumps({**summary(here, state), "epochs": epochs}, indent=1))
@@ -136,33 +148,32 @@ def status(name: str, storage: str | None, output: str) -> None:
 
 @click.command()
 @name_argument
-@storage_option
+@where_options
 @output_option
-def attach(name: str, storage: str | None, output: str) -> None:
+def attach(name: str, where: Where, output: str) -> None:
     """Watch a run; Ctrl-C leaves it running."""
-    from launcher.backends import backend
-
-    watch(find_run(storage, name), backend("local"), output)
+    here = where.run(name)
+    watch(here, where.reader(here), output)
 
 
 @click.command()
 @name_argument
 @click.option("-f", "--follow", is_flag=True, help="Wait for new lines until the run is over.")
-@click.option("--rank", type=int, help="Only this worker's log.")
+@click.option("--rank", type=click.IntRange(0), help="Only this worker's log.")
+@click.option("--since", callback=lambda _ctx, _param, text: _ago(text), metavar="AGO",
+              help="Begin so long ago: 30s, 5m, 2h.")  # fmt: skip
 @click.option("--tail", type=click.IntRange(0), help="Begin with the last N lines.")
-@storage_option
-def logs(name: str, follow: bool, rank: int | None, tail: int | None, storage: str | None) -> None:
-    """Print the logs of a run."""
+@where_options
+def logs(name: str, follow: bool, rank: int | None, since: float | None, tail: int | None, where: Where) -> None:
+    """Print the logs of a run: of the driver, of every worker, and on a cluster of the submitter."""
     import time
     from collections import deque
     from itertools import takewhile
 
-    from launcher.backends import backend
-
-    here = find_run(storage, name)
-    engine = backend("local")
+    here = where.run(name)
+    engine = where.reader(here)
     only = "" if rank is None else f"rank-{rank}"
-    if only and not any(here.store.list(f"logs/{only}.log")):
+    if only and not follow and not any(here.store.list(f"logs/{only}.log")):
         known = sorted({entry.key.removeprefix("logs/").partition(".log")[0] for entry in here.store.list("logs/")})
         raise UserError(f"there is no log of rank {rank}", where=here.uri,
                         hint=f"the logs are {', '.join(known)}" if known else f"launch status {name}")  # fmt: skip
@@ -171,42 +182,74 @@ def logs(name: str, follow: bool, rank: int | None, tail: int | None, storage: s
         click.echo(line if only else f"[{source}] {line}")
 
     lines = engine.logs(here, only)
-    stored = takewhile(lambda pair: pair[0], lines)
+    stored: Iterable[tuple[str, str]] = takewhile(lambda pair: pair[0], lines)
+    if since is not None:
+        stored = _since(stored, time.time() - since)
     for source, line in stored if tail is None else deque(stored, tail):
         tell(source, line)
     if follow:
-        for source, line in lines:
-            if source:
-                tell(source, line)
-            else:
-                time.sleep(0.5)
+        pause = 2.0 if here.uri.startswith("s3://") else 0.5
+        while True:
+            # The storage may be away for a while; what was read so far is not read again.
+            with suppress(InfrastructureError):
+                for source, line in lines:
+                    if source:
+                        tell(source, line)
+                    else:
+                        time.sleep(pause)
+                break
+            time.sleep(pause)
         sys.exit(engine.status(here).status.exit_code)
+
+
+def _ago(text: str | None) -> float | None:
+    """Seconds that `30s`, `5m`, `2h` or `1d` mean."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text)
+    if not found:
+        raise UserError(f"{text} is not a time", where="--since", hint="write 30s, 5m, 2h or 1d")
+    return float(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
+
+
+def _since(lines: Iterable[tuple[str, str]], moment: float) -> Iterator[tuple[str, str]]:
+    """The lines from that moment (Unix seconds) on; a line without a time belongs to the one before it."""
+    late: dict[str, bool] = {}
+    for source, line in lines:
+        stamp = re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d+)?Z", line)
+        if stamp:
+            late[source] = datetime.fromisoformat(stamp[0]).timestamp() >= moment
+        if late.get(source):
+            yield source, line
 
 
 @click.command()
 @name_argument
 @click.option("--force", is_flag=True, help="Kill it; what came after the last checkpoint is lost.")
-@storage_option
-def cancel(name: str, force: bool, storage: str | None) -> None:
-    """Stop a run after a last checkpoint. `launch resume` goes on from there."""
+@where_options
+def cancel(name: str, force: bool, where: Where) -> None:
+    """Stop a run after a last checkpoint, and give its GPUs back. `launch resume` goes on from there."""
     import time
 
     from launcher import show
-    from launcher.backends import backend
 
-    here = find_run(storage, name)
-    engine = backend("local")
+    here = where.run(name)
+    engine = where.engine(here)
     state = engine.status(here)
     if state.status.final:
+        engine.cancel(here)
         click.echo(f"{name} is over already: {state.status.lower()}", err=True)
         return
     try:
         engine.cancel(here, force=force)
         after = "" if force else " after a checkpoint (--force does not wait for it)"
         click.echo(f"{name}: stopping{after}", err=True)
-        while not state.status.final:
+        began = time.monotonic()
+        while not (state := engine.status(here)).status.final:
+            if time.monotonic() - began > CANCEL_SECONDS:
+                engine.cancel(here, force=True)
             time.sleep(0.3)
-            state = engine.status(here)
+        engine.cancel(here)  # what it still holds is given back now, not in a while
     except KeyboardInterrupt:
         click.echo(f"\nnot waiting; launch status {show.typed(here)} shows the end", err=True)
         sys.exit(Exit.INTERRUPTED)
@@ -216,12 +259,12 @@ def cancel(name: str, force: bool, storage: str | None) -> None:
 @click.command()
 @name_argument
 @click.option("--open", "open_", is_flag=True, help="Open it in the browser.")
-@storage_option
-def report(name: str, open_: bool, storage: str | None) -> None:
+@where_options
+def report(name: str, open_: bool, where: Where) -> None:
     """Write a run's report anew, and say where it is."""
     from trainers import report as page
 
-    here = find_run(storage, name)
+    here = where.run(name)
     uri = page.write(here)
     click.echo(uri)
     if open_:
@@ -272,7 +315,7 @@ def _model_of(storage: str | None, model: str) -> tuple[Store, str]:
     if "/" in model:
         return folder
     try:
-        here = find_run(storage, model)
+        here = Where(storage).run(model)
     except NotFoundError:
         if Path(model).is_dir():
             return folder
@@ -283,12 +326,10 @@ def _model_of(storage: str | None, model: str) -> tuple[Store, str]:
 @click.command()
 @name_argument
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
-@storage_option
-def rm(name: str, yes: bool, storage: str | None) -> None:
+@where_options
+def rm(name: str, yes: bool, where: Where) -> None:
     """Delete a run that is over. Its checkpoints, model and report go with it."""
-    from launcher.backends import backend
-
-    here = find_run(storage, name)
+    here = where.run(name)
     if here.owner() is not None:
         raise NotFinishedError(f"{name} is still running", where=here.uri, hint=f"launch cancel {name}")
     if not yes:
@@ -297,7 +338,7 @@ def rm(name: str, yes: bool, storage: str | None) -> None:
         if not click.confirm(f"delete {here.uri} with its checkpoints and model?", err=True):
             click.echo("nothing is deleted", err=True)
             return
-    backend("local").delete(here)
+    where.engine(here).delete(here)
     click.echo(f"{name} is deleted", err=True)
 
 

@@ -8,11 +8,16 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from launcher.errors import UserError
+from launcher.layout import Layout, lay_out
 from launcher.pools import Pool
 from launcher.spec import Spec, fields
 
 DEPTHWISE = ("mobilenet", "efficientnet", "tf_efficientnet", "mnasnet", "convnext", "ghostnet", "fbnet", "mixnet")
 """Families that compute faster in NHWC on a CPU; measured 1.4 times for EfficientNet-Lite0, and none for ResNet-18."""
+
+CLUSTER_FIELDS = ("resources.node_type", "resources.spot", "resources.priority", "limits.max_hours", "limits.max_cost",
+                  "limits.start_minutes", "limits.idle_minutes")  # fmt: skip
+"""What only a run on a cluster has."""
 
 SAMPLE_CHOICES: dict[str, dict[str, tuple[Any, str]]] = {
     "sample://digits": {
@@ -39,13 +44,17 @@ class Choice:
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be done. `spec` has no open choice left; `facts` is `Index.facts()`, or empty if unknown."""
+    """What will be done. `spec` has no open choice left; `facts` is `Index.facts()`, or empty if unknown.
+
+    `layout` is how a Kubernetes pool carries it out, None on this machine.
+    """
 
     spec: Spec
     pool: Pool
     choices: tuple[Choice, ...]
     facts: dict[str, Any]
     warnings: tuple[str, ...]
+    layout: Layout | None = None
 
     @property
     def workers(self) -> int:
@@ -60,7 +69,8 @@ class Plan:
         """The content of plan.json."""
         return {
             "pool": self.pool.name,
-            "machine": asdict(self.pool),
+            "machine": {key: value for key, value in vars(self.pool).items() if key != "site"},
+            "layout": self.layout.to_json() if self.layout else None,
             "workers": self.workers,
             "steps_per_epoch": self.steps_per_epoch,
             "facts": self.facts,
@@ -77,6 +87,7 @@ def resolve(
     given: Mapping[str, str],
     defaults: Mapping[str, str],
     model_facts: Any,
+    spent: float = 0.0,
 ) -> Plan:
     """Fills every open field of `spec`.
 
@@ -87,17 +98,22 @@ def resolve(
         given: origin of each field the user set, by dotted name.
         defaults: the `name` and `storage` to take where the user gave none.
         model_facts: `catalog.model_facts`, called with the model's name.
+        spent: what earlier attempts of the run have cost.
     """
+    if pool.site is not None:
+        pool = Pool.of(pool.name, pool.site, spec.resources.node_type)
     rules = _Rules(spec, pool, facts, model_facts)
     for key in ("name", "storage"):
         rules.choose(key, defaults[key], fields()[key].json_schema_extra["why"])
+    rules.cluster()
     rules.model()
     rules.resources()
     rules.training()
     resolved = spec.updated(rules.values)
     return Plan(
-        resolved, pool, _choices(resolved, rules.reasons, given), facts, tuple(_warnings(resolved, pool, facts))
-    )
+        resolved, pool, _choices(resolved, rules.reasons, given), facts, tuple(_warnings(resolved, pool, facts)),
+        lay_out(resolved, pool.site, spent) if pool.site else None,
+    )  # fmt: skip
 
 
 class _Rules:
@@ -119,6 +135,25 @@ class _Rules:
         """Takes the value, or that of the sample, unless the user has one."""
         if self.asked[key] is None:
             self.values[key], self.reasons[key] = self.sample.get(key, (value, why))
+
+    def cluster(self) -> None:
+        """Where on a Kubernetes pool, and for how long; this machine has no such choices."""
+        site = self.pool.site
+        if site is None:
+            foreign = [key for key, value in self.asked.items() if value is not None and key in CLUSTER_FIELDS]
+            if foreign:
+                raise UserError("only runs on a cluster have this", where=", ".join(foreign),
+                                hint="add --cluster POOL, or leave it out")  # fmt: skip
+            return
+        kind = site.node_type(self.asked["resources.node_type"])
+        self.choose("resources.node_type", kind.name, f"the first node type of {self.pool.name}")
+        spot = kind.on_demand is None
+        self.choose("resources.spot", spot, f"{kind.name} is offered {'as spot only' if spot else 'on demand'}")
+        for clock in ("max_hours", "start_minutes", "idle_minutes"):
+            limit, key = getattr(site.limits, clock), f"limits.{clock}"
+            if (self.asked[key] or 0) > limit:
+                raise UserError(f"{self.pool.name} allows {limit:g} at most", where=key, hint="ask for less")
+            self.choose(key, limit, f"the limit of {self.pool.name}")
 
     def model(self) -> None:
         if self.pool.gpus:
@@ -148,16 +183,20 @@ class _Rules:
         elif busy < pool.gpus:
             self.choose("resources.workers", busy, f"a batch of {batch} has no work for more")
         else:
-            self.choose("resources.workers", max(1, pool.gpus), "one for each GPU")
-        workers = self["resources.workers"]
-        if on_gpu and workers > pool.gpus:
-            fewer = f"--workers {pool.gpus}, or " if pool.gpus else ""
+            where = " of a node" if pool.nodes > 1 else ""
+            self.choose("resources.workers", max(1, pool.gpus), f"one for each GPU{where}")
+        workers, gpus = self["resources.workers"], pool.gpus * pool.nodes
+        allowed = pool.site.limits.max_gpus if pool.site else None
+        if on_gpu and workers > min(gpus, allowed or gpus):
+            fewer = f"--workers {min(gpus, allowed or gpus)}, or " if gpus else ""
+            has = f"allows {count(allowed, 'GPU')} a run" if allowed and allowed < gpus else f"has {count(gpus, 'GPU')}"
             raise UserError(
-                f"{count(workers, 'worker')} on {count(workers, 'GPU')}, but {pool.name} has {count(pool.gpus, 'GPU')}",
+                f"{count(workers, 'worker')} on {count(workers, 'GPU')}, but {pool.name} {has}",
                 where="resources", hint=f"{fewer}--set resources.gpus_per_worker=0 to train on the CPU",
             )  # fmt: skip
-        cpus = max(1, pool.cpus // workers)
-        self.choose("resources.cpus_per_worker", cpus, f"{count(pool.cpus, 'core')} for {count(workers, 'worker')}")
+        sharing = workers if pool.site is None else pool.gpus if on_gpu else 1
+        self.choose("resources.cpus_per_worker", max(1, pool.cpus // sharing),
+                    f"{count(pool.cpus, 'core')} for {count(sharing, 'worker')}")  # fmt: skip
         if on_gpu:
             self.choose("train.precision", "bf16" if pool.bf16 else "fp16", f"faster than fp32 on {pool.gpu_type}")
             self.choose("train.channels_last", True, "the layout of tensor cores")
@@ -225,7 +264,7 @@ def _choices(spec: Spec, reasons: Mapping[str, str], given: Mapping[str, str]) -
 def _warnings(spec: Spec, pool: Pool, facts: dict[str, Any]) -> list[str]:
     found = []
     workers, cpus = spec.resources.workers or 1, spec.resources.cpus_per_worker or 1
-    if workers * cpus > pool.cpus:
+    if pool.site is None and workers * cpus > pool.cpus:
         found.append(f"{workers} workers x {cpus} cores share the {pool.cpus} cores of {pool.name}")
     if facts and facts["smallest_class"][1] * 10 <= facts["largest_class"][1]:
         (least, few), (most, many) = facts["smallest_class"], facts["largest_class"]

@@ -1,21 +1,30 @@
-"""What a site offers to run on. `local`, this machine, is built in; nothing here starts anything."""
+"""What there is to run on: `local`, this machine, is built in; others are Kubernetes pools. Starts nothing."""
 
 from __future__ import annotations
 
 import math
 import os
 import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from launcher.errors import NotFoundError
+import yaml
+
+from launcher.cluster import CONFIG_MAPS, Cluster, Object
+from launcher.errors import LaunchError, NotFoundError, SiteError, UserError, nearest
+from launcher.labels import POOL_LABEL, POOL_MAPS
+from launcher.site import Site, quantity, read_site, site_from
 
 
 @dataclass(frozen=True)
 class Pool:
-    """A named place with CPUs and GPUs.
+    """A named place with CPUs and GPUs: those of one of its `nodes`.
 
     `memory` is in bytes. `gpu_type` is the vendor's name of the first GPU, and `bf16` whether it computes bfloat16.
+    `site` is what a Kubernetes pool says of itself, None for this machine.
     """
 
     name: str
@@ -24,14 +33,93 @@ class Pool:
     gpus: int = 0
     gpu_type: str = ""
     bf16: bool = False
+    nodes: int = 1
+    site: Site | None = None
+
+    @classmethod
+    def of(cls, name: str, site: Site, node_type: str | None = None) -> Pool:
+        """A Kubernetes pool, seen as its nodes of one type (by default its first)."""
+        kind = site.node_type(node_type)
+        return cls(
+            name, int(kind.cpus), int(quantity(kind.memory)), kind.gpus, kind.gpu_name or kind.name, kind.bf16,
+            kind.max_nodes, site,
+        )  # fmt: skip
 
 
-def find_pool(name: str) -> Pool:
+@dataclass(frozen=True)
+class Place:
+    """Where to look for Kubernetes pools; what is None is the kubeconfig's current one, or the usual file."""
+
+    context: str | None = None
+    namespace: str | None = None
+    pool_file: Path | None = None
+
+
+def find_pool(name: str, place: Place = Place()) -> Pool:
     """The pool of that name, or `NotFoundError` that lists those there are."""
     if name == "local":
         return this_machine()
-    raise NotFoundError(f"there is no pool {name}", where="--cluster",
-                        hint="the pools are: local (this machine, also without --cluster)")  # fmt: skip
+    described = _in_files(place)
+    if name not in described:
+        described |= _in_cluster(place)
+    if name not in described:
+        close = nearest(name, described)
+        raise NotFoundError(
+            f"there is no pool {name}" + (f"; {close}" if close else ""), where="--cluster",
+            hint=f"the pools are: {', '.join(['local', *sorted(described)])}; --context and --namespace look elsewhere",
+        )  # fmt: skip
+    return Pool.of(name, described[name]())
+
+
+def cluster_pools(place: Place = Place()) -> Iterator[tuple[str, Pool | LaunchError]]:
+    """Every Kubernetes pool in reach by name, or what is wrong with its description."""
+    described = _in_cluster(place) | _in_files(place)
+    for name in sorted(described):
+        try:
+            yield name, Pool.of(name, described[name]())
+        except LaunchError as error:
+            yield name, error
+
+
+def _in_files(place: Place) -> dict[str, Callable[[], Site]]:
+    """The pools of the pool file: a mapping from names to what a ConfigMap would say, and their context."""
+    usual = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "raylaunch" / "pools.yaml"
+    path = place.pool_file or usual
+    try:
+        document = yaml.safe_load(path.read_text())
+    except OSError as error:
+        if place.pool_file is None and not path.exists():
+            return {}
+        raise UserError(f"the pool file cannot be read: {error.strerror}", where=str(path),
+                        hint="--pool-file PATH names another") from None  # fmt: skip
+    except yaml.YAMLError as error:
+        raise UserError(f"not valid YAML: {str(error).splitlines()[0]}", where=str(path), hint="mend it") from None
+    if not isinstance(document, dict):
+        raise UserError("a pool file is a mapping from names to pools", where=str(path), hint="docs/cluster.md has one")
+
+    def read(name: str) -> Site:
+        site = site_from(document[name], f"{path}: {name}")
+        found = {"context": place.context or site.context, "namespace": place.namespace or site.namespace}
+        return site.model_copy(update=found)
+
+    return {str(name): partial(read, name) for name in document}
+
+
+def _in_cluster(place: Place) -> dict[str, Callable[[], Site]]:
+    """The pools that ConfigMaps describe: in the namespace, and if there are none, in all that may be read."""
+    cluster = Cluster.connect(place.context, place.namespace)
+    maps = cluster.objects(CONFIG_MAPS, labels=POOL_MAPS)
+    if not maps and place.namespace is None:
+        with suppress(SiteError):  # reading all namespaces is more than most may do
+            maps = cluster.objects(CONFIG_MAPS, labels=POOL_MAPS, everywhere=True)
+
+    def read(item: Object) -> Site:
+        namespace = item["metadata"]["namespace"]
+        where = f"{cluster.context}/{namespace}: ConfigMap {item['metadata']['name']}"
+        site = read_site((item.get("data") or {}).get("pool.yaml") or "", where)
+        return site.model_copy(update={"context": cluster.context, "namespace": namespace})
+
+    return {item["metadata"]["labels"][POOL_LABEL]: partial(read, item) for item in maps}
 
 
 def this_machine() -> Pool:

@@ -33,13 +33,16 @@ def whole(place: str) -> str:
 def prepare(draft: Draft, pool: Pool) -> tuple[Plan, Index | None]:
     """The plan for a new run, and the index it was made from (None for a sample, which the driver indexes)."""
     spec = _with_whole_places(draft.spec())
+    usual = pool.site.storage if pool.site else whole(default_storage())
+    if pool.site:
+        _check_reach(spec, pool.name)
     if spec.name:
         # Said before a bucket is listed, not after; `Run.create` decides.
-        run = Run(spec.storage or whole(default_storage()), spec.name)
+        run = Run(spec.storage or usual, spec.name)
         if run.exists():
             raise run.taken()
     index, facts = _look_at_data(spec)
-    defaults = {"name": _new_name(spec.data.uri), "storage": whole(default_storage())}
+    defaults = {"name": _new_name(spec.data.uri), "storage": usual}
     plan = resolve(spec, pool, facts=facts, given=draft.origin, defaults=defaults, model_facts=catalog.model_facts)
     weights = plan.spec.model.pretrained or "none"
     if weights not in ("hub", "none") and "://" not in weights and not Path(weights).is_file():
@@ -53,6 +56,7 @@ def prepare_resume(run: Run, draft: Draft, pool: Pool) -> tuple[Plan, dict[str, 
 
     Raises `UserError` for a change that would alter what was trained already.
     """
+    price = (run.plan().get("layout") or {}).get("price_per_hour") or 0.0
     # A run directory may have been moved: where it lies now is where it goes on.
     old = run.spec().flat() | {"storage": run.storage}
     given = dict(draft.origin)
@@ -60,7 +64,8 @@ def prepare_resume(run: Run, draft: Draft, pool: Pool) -> tuple[Plan, dict[str, 
     if "resources.workers" in given and "resources.cpus_per_worker" not in given:
         draft.values["resources.cpus_per_worker"] = None
     plan = resolve(draft.spec(), pool, facts=run.plan().get("facts", {}), given=given,
-                   defaults={"name": run.name, "storage": run.storage}, model_facts=catalog.model_facts)  # fmt: skip
+                   defaults={"name": run.name, "storage": run.storage}, model_facts=catalog.model_facts,
+                   spent=run.hours() * price)  # fmt: skip
     new = plan.spec.flat()
     changes = {key: (old[key], new[key]) for key in new if old[key] != new[key]}
     refused = [key for key in changes if not resumable(key) or key == "storage"]
@@ -85,6 +90,15 @@ def _with_whole_places(spec: Spec) -> Spec:
     """The run may be resumed from another folder, so paths do not depend on this one."""
     places = {"data.uri": spec.data.uri, "storage": spec.storage, "model.pretrained": spec.model.pretrained}
     return spec.updated({key: whole(place) for key, place in places.items() if place and place not in ("hub", "none")})
+
+
+def _check_reach(spec: Spec, pool: str) -> None:
+    """Raises `UserError` for what lies on this machine, where the pods of a pool cannot see it."""
+    weights = spec.model.pretrained if spec.model.pretrained not in ("hub", "none") else None
+    for key, place in (("data.uri", spec.data.uri), ("storage", spec.storage), ("model.pretrained", weights)):
+        if place and "://" not in place:
+            raise UserError(f"{pool} cannot see {place}, which is on this machine", where=key,
+                            hint=f"copy it to S3 (aws s3 sync {place} s3://…), or leave --cluster out")  # fmt: skip
 
 
 def _look_at_data(spec: Spec) -> tuple[Index | None, dict[str, Any]]:

@@ -11,6 +11,7 @@ knows the names and shapes of the files; it starts nothing and trains nothing.
     lease.json         who drives it, and when that was last confirmed
     cancel.json        a request to stop
     attempts/0001.json one life of the run
+    submission.json    how often the driver was submitted on its cluster
     events.jsonl       what happened to the run: attempts, retries, states
     progress.jsonl     what the training does: steps and epochs
     metrics.json, metrics.csv, predictions.parquet
@@ -33,7 +34,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from launcher.errors import Exit, NotFoundError, SiteError, UserError, nearest
+from launcher.errors import Exit, FencedError, NotFoundError, SiteError, UserError, nearest
 from launcher.spec import Spec, valid_name
 from launcher.storage import Store, open_store
 
@@ -45,9 +46,10 @@ LEASE_SECONDS = 60.0
 
 
 class Status(StrEnum):
-    """Where a run stands. PENDING, STARTING, RUNNING, RECOVERING and CANCELLING are not final."""
+    """Where a run stands: PENDING for a place, QUEUED behind other runs, ... Those up to CANCELLING are not final."""
 
     PENDING = "PENDING"
+    QUEUED = "QUEUED"
     STARTING = "STARTING"
     RUNNING = "RUNNING"
     RECOVERING = "RECOVERING"
@@ -71,12 +73,17 @@ class Status(StrEnum):
 
 @dataclass(frozen=True)
 class State:
-    """The content of state.json. Times are Unix seconds."""
+    """The content of state.json. Times are Unix seconds; `submitted` is when a cluster was last asked to run it.
+
+    `hint` is what to type about `reason`.
+    """
 
     status: Status
     reason: str = ""
+    hint: str = ""
     attempt: int = 0
     created: float = 0.0
+    submitted: float = 0.0
     started: float | None = None
     ended: float | None = None
     error: dict[str, str] | None = None
@@ -190,6 +197,13 @@ class Run:
     def plan(self) -> dict[str, Any]:
         return self._json("plan.json") or {}
 
+    def pool(self) -> str:
+        """Name of the pool it runs on; a damaged plan counts as this machine's."""
+        try:
+            return str(self.plan().get("pool") or "local")
+        except SiteError:
+            return "local"
+
     # -- where it stands
 
     def state(self) -> State:
@@ -227,13 +241,32 @@ class Run:
     def release(self) -> None:
         self.store.delete("lease.json")
 
+    def attempts(self) -> int:
+        """How many attempts were begun."""
+        return len(list(self.store.list("attempts/")))
+
     def begin_attempt(self, about: dict[str, Any]) -> int:
-        """Takes the next attempt's number; a second driver that tries at the same time gets another error."""
-        number = len(list(self.store.list("attempts/"))) + 1
+        """Takes the next attempt's number; a second driver that tries at the same time gets another error.
+
+        The number is a fencing token: whoever finds a higher one begun must not write any more.
+        """
+        number = self.attempts() + 1
         if not self.store.create(f"attempts/{number:04d}.json", _pretty({"began": time.time(), **about})):
             raise UserError(f"attempt {number} of {self.name} was begun elsewhere", where=self.uri,
                             hint=f"launch status {self.name}")  # fmt: skip
         return number
+
+    def check_attempt(self, number: int) -> None:
+        """Raises `FencedError` if a later attempt than `number` was begun."""
+        newest = self.attempts()
+        if newest > number:
+            raise FencedError(f"attempt {newest} has taken over from attempt {number}", where=self.uri)
+
+    def hours(self) -> float:
+        """Hours of all attempts so far, each from its begin to its last sign of life."""
+        records = [self._json(entry.key) or {} for entry in self.store.list("attempts/")]
+        spans = (max(record.get("ended") or 0, record.get("seen") or 0) - record.get("began", 0) for record in records)
+        return float(sum(max(span, 0.0) for span in spans)) / 3600
 
     def request_cancel(self, *, force: bool = False) -> None:
         """Asks whoever drives the run to save and stop, or with `force` to kill it."""

@@ -15,9 +15,10 @@ from rich.table import Table
 from rich.text import Text
 
 from launcher.backends import Backend
+from launcher.doctor import Check
 from launcher.errors import InfrastructureError, LaunchError, printable
 from launcher.journal import Lines
-from launcher.plan import Plan, count
+from launcher.plan import CLUSTER_FIELDS, Plan, count
 from launcher.runs import Run, State, Status, default_storage
 from launcher.storage import open_store
 
@@ -86,9 +87,67 @@ def plan_table(plan: Plan, uri: str, console: Console, *, every: bool) -> None:
         table = _table("field", "value", "set by", "why")
         table.columns[0].no_wrap = True
         for choice in plan.choices:
+            if plan.pool.site is None and choice.key in CLUSTER_FIELDS:
+                continue
             value = "" if choice.value is None else printable(str(choice.value))
             table.add_row(choice.key, Text(value), choice.source, Text(printable(choice.why)))
         console.print(table)
+
+
+def layout_lines(plan: Plan, outlook: str, console: Console) -> None:
+    """On which pods a run on a cluster will be, what it costs, and when they will be there."""
+    layout, site = plan.layout, plan.pool.site
+    if layout is None or site is None:
+        return
+    each = f"{count(layout.gpus, 'GPU')}, {count(layout.cpus, 'core')}, {size(layout.memory)}"
+    kind = f"{layout.node_type.name} {'spot' if layout.spot else 'on demand'}"
+    _row(console, "pods", f"{count(layout.pods, 'worker pod')} with {each} on {kind}, and a head; in {site.namespace}")
+    hours = f"{layout.max_seconds / 3600:,.2f}".rstrip("0").rstrip(".")
+    price = f"{layout.price_per_hour:,.2f} {site.currency} an hour, at most {layout.most:,.2f}" if layout.most else ""
+    _row(console, "cost", f"{price or 'the pool names no price; it runs'} in {hours} h, when it is ended")
+    _row(console, "capacity", outlook)
+
+
+def pools_table(rows: list[dict[str, Any]], console: Console) -> None:
+    """One line for each kind of node of each pool, and what is wrong with those that cannot be used."""
+    table = _table("pool", "nodes", "now", "GPUs free", "price/h", "spot/h", "where")
+    troubles = []
+    for row in rows:
+        if row["trouble"]:
+            troubles.append(f"{row['pool']}: {row['trouble']}".removeprefix(": "))
+        if "node_type" not in row:
+            continue
+        gpu = f" ({row['gpu']})" if row["gpu"] else ""
+        prices = ("" if row[key] is None else f"{row[key]:.2f}" for key in ("price_per_hour", "spot_price"))
+        nodes = "?" if row["nodes"] is None else str(row["nodes"])
+        free = "?" if row["free"] is None else str(row["free"])
+        cells = (row["pool"], row["node_type"] + gpu, f"{nodes} of {row['max_nodes']}", f"{free} of {row['gpus']}",
+                 *prices, row["where"])  # fmt: skip
+        table.add_row(*(Text(printable(cell)) for cell in cells))
+    console.print(table)
+    for trouble in troubles:
+        _row(console, "note", trouble, "yellow")
+
+
+def checks(found: list[Check], console: Console) -> None:
+    """One line for each check, and under it how to mend what is wrong."""
+    for check in found:
+        mark, style = {True: ("ok", "green"), False: ("wrong", "bold red"), None: ("note", "yellow")}[check.ok]
+        console.print(Text.assemble((f"{mark:<7}", style), (f"{check.name:<16}", "bold"), printable(check.what)),
+                      soft_wrap=True)  # fmt: skip
+        if check.hint and check.ok is not True:
+            console.print(Text.assemble(" " * 7, ("next:           ", "bold"), printable(check.hint)), soft_wrap=True)
+
+
+def leaks_table(rows: list[dict[str, Any]], console: Console) -> None:
+    """What was left behind, and the GPUs it holds."""
+    if not rows:
+        console.print("nothing is left behind")
+        return
+    table = _table("kind", "name", "run", "GPUs", "why")
+    for row in rows:
+        table.add_row(*(Text(printable(str(row[key]))) for key in ("kind", "name", "run", "gpus", "why")))
+    console.print(table)
 
 
 def runs_table(rows: list[tuple[Run, State]], console: Console) -> None:
@@ -125,6 +184,8 @@ def status_text(run: Run, state: State, console: Console) -> None:
     reason = "" if state.status.final or not state.reason else f"  {printable(state.reason)}"
     head = Text.assemble((f"{run.name}  ", "bold"), (state.status, COLORS.get(state.status, "")), reason)
     console.print(head, soft_wrap=True)
+    if state.hint and not state.status.final:
+        _row(console, "next", state.hint)
     _row(console, "data", spec.data.uri)
     _row(console, "model", f"{spec.model.name}, {count(epochs, 'epoch')}, attempt {state.attempt}")
     steps = [event for event in Lines(run.store, "progress.jsonl").events() if event["event"] == "step"]
@@ -236,7 +297,8 @@ class Viewer:
             return f"{step_line(self._last, self._epochs)}  ETA {self._eta()}"
         if state.status is Status.RUNNING and self._last.get("event") == "evaluating":
             return f"evaluating on {self._last['split']}"
-        return printable(f"{state.status.lower()}: {state.reason}" if state.reason else state.status.lower())
+        words = f"{state.status.lower()}: {state.reason}" if state.reason else state.status.lower()
+        return printable(f"{words}; next: {state.hint}" if state.hint else words)
 
     def _eta(self) -> str:
         event = self._last

@@ -165,6 +165,30 @@ class Resources(_Section):
     workers: int | None = _field(None, "Number of workers.", "one for each GPU; one without GPUs", ge=1, le=512)
     cpus_per_worker: int | None = _field(None, "CPU cores per worker.", "an equal share of the machine", ge=1)
     gpus_per_worker: int | None = _field(None, "GPUs per worker, 0 or 1.", "a GPU where there is one", ge=0, le=1)
+    node_type: str | None = _field(None, "Kind of node, as `launch pools` names it.", "the pool's first")
+    spot: bool | None = _field(
+        None,
+        "Spot nodes: cheaper, and taken away at times; the run goes on from its last checkpoint.",
+        "as the pool says",
+    )
+    priority: str | None = _field(None, "Priority class of the run on its cluster.", "the cluster's default")
+
+
+class Limits(_Section):
+    """The clocks of a run on a cluster: each ends it and gives its GPUs back."""
+
+    max_hours: float | None = _field(
+        None, "Hours an attempt may hold its nodes, from the moment it gets them.", "the pool's limit", gt=0
+    )
+    max_cost: float | None = _field(
+        None, "What the run may cost in all its attempts, in the currency of the pool's prices.", "no cap", gt=0
+    )
+    start_minutes: float | None = _field(
+        None, "Minutes a run may wait for its nodes and images; time in a queue is free.", "the pool's limit", gt=0
+    )
+    idle_minutes: float | None = _field(
+        None, "Minutes without any sign of progress after which a run is ended.", "the pool's limit", gt=0
+    )
 
 
 class Checkpoint(_Section):
@@ -187,6 +211,7 @@ class Spec(_Section):
     train: Train = Train()
     augment: Augment = Augment()
     resources: Resources = Resources()
+    limits: Limits = Limits()
     checkpoint: Checkpoint = Checkpoint()
     storage: str | None = _field(
         None, "Folder or s3:// prefix that holds the run directories.", "$RAYLAUNCH_STORAGE, else ~/raylaunch"
@@ -233,7 +258,15 @@ def _flatten(document: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]
     return pairs
 
 
-RESUMABLE = ("train.epochs", "train.early_stop", "resources.", "checkpoint.", "storage", "data.max_bad_fraction")
+RESUMABLE = (
+    "train.epochs",
+    "train.early_stop",
+    "resources.",
+    "limits.",
+    "checkpoint.",
+    "storage",
+    "data.max_bad_fraction",
+)
 """What `launch resume` may change: none of it alters a step that was already made."""
 
 

@@ -78,7 +78,7 @@ def _plan(labels: tuple[str, ...], support: int, uri: str, epochs: int) -> dict[
             "images": 4_012, "bytes": 812_345_678, "classes": len(labels), "train": 3_211, "val": support * len(labels),
             "test": 0, "ignored": 3, "smallest_class": [labels[0], 96], "largest_class": [labels[-1], 1_204],
         },
-        "pool": "gpu-pool",
+        "pool": "local",
         "workers": 2,
         "warnings": ["the largest class has 12.5 times the images of the smallest: consider macro scores"],
     }  # fmt: skip

@@ -28,7 +28,8 @@ from launcher.specfile import Draft
 from tests.report_run import build
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ("run", "resume", "schema", "list", "status", "attach", "logs", "cancel", "report", "predict", "rm")
+COMMANDS = ("run", "resume", "schema", "list", "status", "attach", "logs", "cancel", "report", "predict", "rm",
+            "pools", "doctor", "dashboard", "gc")  # fmt: skip
 RESULT = {"split": "val", "epoch": 19, "count": 800, "top1": 0.9325, "top5": 0.991, "macro_f1": 0.9301, "loss": 0.7}
 
 
@@ -37,6 +38,8 @@ def storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The default storage of the test, where `launch` stands too."""
     (tmp_path / "runs").mkdir()
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
+    monkeypatch.delenv("RAYLAUNCH_CLUSTER", raising=False)
     monkeypatch.setenv("RAYLAUNCH_STORAGE", str(tmp_path / "runs"))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     return tmp_path / "runs"
@@ -128,19 +131,26 @@ def test_the_flags_are_these_and_no_others() -> None:
                              if option.startswith("--")) for command in COMMANDS}  # fmt: skip
     spec = ["--batch-size", "--data", "--epochs", "--image-size", "--lr", "--model", "--name", "--precision",
             "--pretrained", "--seed", "--set", "--workers"]  # fmt: skip
+    site = ["--gpu", "--max-cost", "--max-hours", "--priority", "--spot"]
+    where = ["--cluster", "--context", "--namespace", "--pool-file", "--storage"]
     assert flags == {
-        "run": sorted([*spec, "--cluster", "--detach", "--dry-run", "--output", "--storage"]),
-        "resume": ["--detach", "--epochs", "--output", "--set", "--storage", "--workers"],
+        "run": sorted([*spec, *site, *where, "--detach", "--dry-run", "--output", "--yes"]),
+        "resume": sorted([*where, "--detach", "--epochs", "--max-cost", "--max-hours", "--output", "--set", "--workers",
+                          "--yes"]),
         "schema": [],
-        "list": ["--output", "--storage"],
-        "status": ["--output", "--storage"],
-        "attach": ["--output", "--storage"],
-        "logs": ["--follow", "--rank", "--storage", "--tail"],
-        "cancel": ["--force", "--storage"],
-        "report": ["--open", "--storage"],
+        "list": sorted([*where, "--output"]),
+        "status": sorted([*where, "--output"]),
+        "attach": sorted([*where, "--output"]),
+        "logs": sorted([*where, "--follow", "--rank", "--since", "--tail"]),
+        "cancel": sorted([*where, "--force"]),
+        "report": sorted([*where, "--open"]),
         "predict": ["--output", "--storage", "--top"],
-        "rm": ["--storage", "--yes"],
-    }
+        "rm": sorted([*where, "--yes"]),
+        "pools": sorted([*where, "--output"]),
+        "doctor": sorted([*where, "--output"]),
+        "dashboard": sorted([*where, "--port"]),
+        "gc": sorted([*where, "--dry-run", "--output", "--yes"]),
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("words", [("--help",), ("run", "--data", "sample://digits", "--dry-run"), ("list",)])
@@ -213,7 +223,8 @@ MISTAKES: list[tuple[str, str, int, str, str]] = [
     ("a manifest for a spec", "m.csv", 2, "this is data, not a spec file", "launch --data m.csv"),
     ("no such spec", "none.yaml", 2, "none.yaml: there is no such file", "launch --data URI"),
     ("no data", "--epochs 3", 2, "data.uri: is missing", "launch schema"),
-    ("an unknown pool", "--data pair --cluster gpu-pool", 102, "there is no pool gpu-pool", "local"),
+    ("a pool, but no kubeconfig", "--data pair --cluster gpu-pool", 100, "no usable kubeconfig", "set KUBECONFIG"),
+    ("what only a cluster has", "--data pair --spot --max-hours 2", 2, "resources.spot, limits.max_hours", "--cluster"),
     ("an unknown field", "--data pair --set trian.epochs=3", 2, "did you mean train.epochs?", "launch schema"),
     ("a bad value", "--data pair --epochs 0", 2, "--epochs: train.epochs: should be greater", "launch schema"),
     ("no such folder", "--data nowhere", 100, "there is no such folder", "holds empty, hollow"),
@@ -310,7 +321,7 @@ def test_a_mistake_on_s3_is_told_once(
 
 def test_a_bug_is_told_as_one_and_its_traceback_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    result = process("list", prelude="import launcher.manage\nlauncher.manage._where = lambda storage: 1 / 0")
+    result = process("list", prelude="import launcher.where\nlauncher.where.Where.root = lambda where: 1 / 0")
     lines = told(result, 1)
     assert "a bug in raylaunch: ZeroDivisionError" in lines[0]
     (kept,) = tmp_path.glob("raylaunch-*.txt")
@@ -527,9 +538,11 @@ def test_ctrl_c_leaves_cleanly_and_the_run_goes_on(running: Run, words: str, wai
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert child.stdout is not None
-    seen = child.stdout.readline()
+    seen = ""
     while waits_for not in seen:
-        seen += child.stdout.readline()
+        line = child.stdout.readline()
+        assert line, seen
+        seen += line
     child.send_signal(signal.SIGINT)
     rest, _ = child.communicate(timeout=30)
     assert child.returncode == 130
@@ -539,13 +552,13 @@ def test_ctrl_c_leaves_cleanly_and_the_run_goes_on(running: Run, words: str, wai
 
 
 def test_ctrl_c_before_anything_is_shown_is_clean_too() -> None:
-    result = process("list", prelude="import launcher.manage\ndef stop(*_): raise KeyboardInterrupt\n"
-                                     "launcher.manage._where = stop")  # fmt: skip
+    result = process("list", prelude="import launcher.where\ndef stop(*_): raise KeyboardInterrupt\n"
+                                     "launcher.where.Where.root = stop")  # fmt: skip
     assert (result.returncode, result.stdout, result.stderr) == (130, "", "\ninterrupted\n")
 
 
 def test_a_state_is_told_in_every_summary(storage: Path) -> None:
     run = build(storage, name="first")
-    document = manage.summary(run, State(Status.FAILED, "why", 2))
+    document = manage.summary(run, State(Status.FAILED, "why", attempt=2))
     assert document | {"name": "first", "status": "FAILED", "reason": "why", "attempt": 2} == document
     assert json.dumps(document)

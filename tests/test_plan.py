@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launcher.errors import UserError
-from launcher.plan import SAMPLE_CHOICES, Plan, count, resolve
+from launcher.plan import CLUSTER_FIELDS, SAMPLE_CHOICES, Plan, count, resolve
 from launcher.pools import Pool
 from launcher.spec import Data, Spec, fields
 
@@ -30,8 +30,8 @@ KNOWN = {
 }
 DEFAULTS = {"name": "flowers-1123", "storage": "/home/me/raylaunch"}
 OPEN = [key for key, value in Spec(data=Data(uri="x")).flat().items() if value is None]
-STAY_OPEN = ["data.val_split", "data.classes"]
-"""Fields of which nothing means something: found in the data, and all classes."""
+STAY_OPEN = ["data.val_split", "data.classes", *CLUSTER_FIELDS]
+"""Fields of which nothing means something: found in the data, all classes, and what this machine does not have."""
 
 
 def _known(name: str) -> dict[str, Any]:
@@ -209,7 +209,7 @@ def test_what_is_unwise_is_noted(facts: dict[str, Any], asked: dict[str, Any], w
 def test_the_plan_is_json() -> None:
     document = plan(GPUS).to_json()
     assert json.loads(json.dumps(document))["machine"]["gpu_type"] == "NVIDIA H100"
-    assert set(document) == {"pool", "machine", "workers", "steps_per_epoch", "facts", "warnings", "choices"}
+    assert set(document) == {"pool", "machine", "workers", "steps_per_epoch", "facts", "warnings", "choices", "layout"}
     assert plan(facts={}).steps_per_epoch is None
 
 

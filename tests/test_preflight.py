@@ -14,11 +14,12 @@ from PIL import Image
 
 from launcher import preflight
 from launcher.catalog import model_facts
-from launcher.errors import LaunchError, NotFoundError, UserError
+from launcher.errors import LaunchError, SiteError, UserError
 from launcher.plan import Plan
 from launcher.pools import Pool, _cpus, find_pool
 from launcher.preflight import prepare, prepare_resume, whole
 from launcher.runs import Run
+from launcher.site import read_site
 from launcher.spec import valid_name
 from launcher.specfile import Draft
 from launcher.storage import cache_folder
@@ -224,10 +225,20 @@ def test_this_machine_is_the_local_pool(monkeypatch: pytest.MonkeyPatch) -> None
     assert pool.memory > 2**28
 
 
-def test_an_unknown_pool_is_not_found() -> None:
-    with pytest.raises(NotFoundError, match="there is no pool gpu-pool") as raised:
+def test_a_pool_without_a_kubeconfig_is_told_as_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KUBECONFIG", "/nowhere/config")
+    with pytest.raises(SiteError, match="no usable kubeconfig"):
         find_pool("gpu-pool")
-    assert "local" in raised.value.hint
+
+
+def test_what_lies_here_cannot_be_seen_from_a_cluster(flowers: Path) -> None:
+    site = read_site(
+        "{image: i, ray_version: 2.60.0, storage: 's3://b/runs', node_types: [{name: cpu, cpus: 2, memory: 4Gi, "
+        "max_nodes: 1, on_demand: {}}]}", "test",
+    )  # fmt: skip
+    for values in ({"data__uri": str(flowers)}, {"data__uri": "sample://digits", "storage": "/tmp/runs"}):
+        with pytest.raises(UserError, match="which is on this machine"):
+            prepare(draft(**values), Pool.of("cpu-pool", site))
 
 
 @pytest.mark.parametrize(

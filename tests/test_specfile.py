@@ -155,7 +155,7 @@ def test_a_key_that_is_no_name_is_refused(tmp_path: Path) -> None:
     problems = mistakes(read("? [a, b]\n: 1\n3: x\nnull: y\n<<: {a: b}\n'': z\n", tmp_path))
     assert [problem.removeprefix(f"{tmp_path}/spec.yaml:") for problem in problems[:-1]] == [
         "1: a key should be a name", "3: 3: no such field", "4: null: no such field",
-        "5: <<: no such section; the sections are data, model, optim, train, augment, resources, checkpoint",
+        "5: <<: no such section; the sections are data, model, optim, train, augment, resources, limits, checkpoint",
         "6: no such field",
     ]  # fmt: skip
 

@@ -46,8 +46,11 @@ def folder(step: int) -> str:
     return f"checkpoints/step-{step:08d}"
 
 
-def save(store: Store, snapshot: Snapshot) -> None:
-    """Writes the checkpoint; until the last write it does not exist for a reader."""
+def save(store: Store, snapshot: Snapshot, fence: Callable[[], None] = lambda: None) -> None:
+    """Writes the checkpoint; until the last write it does not exist for a reader.
+
+    `fence` is called before that, and raises where another attempt has taken over.
+    """
     files = {f"{name}.safetensors": save_tensors(tensors) for name, tensors in snapshot.tensors.items()}
     files["state.json"] = json.dumps(snapshot.values).encode()
     base = folder(snapshot.step)
@@ -61,6 +64,7 @@ def save(store: Store, snapshot: Snapshot) -> None:
             name: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)} for name, data in files.items()
         },
     }
+    fence()
     store.write(f"{base}/manifest.json", json.dumps(manifest, indent=1).encode())
 
 
@@ -119,8 +123,11 @@ class Saver:
     failure surfaces in the next call. `seconds` is the time the training waited for this object.
     """
 
-    def __init__(self, store: Store, keep: int, written: Callable[[int, float], None]) -> None:
+    def __init__(
+        self, store: Store, keep: int, written: Callable[[int, float], None], fence: Callable[[], None] = lambda: None
+    ) -> None:
         self._store = store
+        self._fence = fence
         self._keep = keep
         self._written = written
         self._thread: threading.Thread | None = None
@@ -156,7 +163,7 @@ class Saver:
     def _run(self, snapshot: Snapshot, best: int | None) -> None:
         began = time.monotonic()
         try:
-            save(self._store, snapshot)
+            save(self._store, snapshot, self._fence)
             self._missed, self._misses = None, 0
             self._written(snapshot.step, time.monotonic() - began)
             prune(self._store, self._keep, [] if best is None else [best])

@@ -16,11 +16,13 @@ import time
 from dataclasses import replace
 from typing import Any
 
-from launcher.errors import BadImagesError, Exit, InfrastructureError, LaunchError, UserError, from_record
+from launcher.errors import BadImagesError, Exit, FencedError, InfrastructureError, LaunchError, UserError, from_record
 from launcher.journal import Journal
 from launcher.runs import STRIKES, Run, Status, checkpoint_steps
 from launcher.spec import Spec
 from launcher.storage import cache_folder
+from trainers.lease import Lease, wait_for_others
+from trainers.ranklog import UtcFormatter, process_log
 
 log = logging.getLogger(__name__)
 
@@ -39,9 +41,16 @@ def main() -> None:
     # GNU OpenMP's threads spin for milliseconds at each barrier; with the loader's threads on the same cores that makes
     # a small model's step up to three times slower. Read when torch is loaded, which happens later.
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    _end_with_parent()
-    code = Driver(Run.at(sys.argv[1])).drive()
+    handler = logging.StreamHandler()
+    handler.setFormatter(UtcFormatter())
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    run = Run.at(sys.argv[1])
+    if _supervised():
+        _end_with_parent()
+        code = Driver(run).drive()
+    else:
+        with process_log(run, "driver"):
+            code = Driver(run).drive()
     sys.stdout.flush()
     sys.stderr.flush()
     # Ray's exit hooks abort the process when a worker was killed; all that matters is on disk.
@@ -57,12 +66,30 @@ class Driver:
 
     def drive(self) -> int:
         """Runs the attempt to its end and records it; returns the exit code."""
-        run, step = self.run, self.run.latest_step()
+        if _supervised():
+            return self._attempt(self._begin())
+        wait_for_others(self.run)
+        record = self._begin()
+        try:
+            with Lease(self.run, self.number, record):
+                return self._attempt(record)
+        except FencedError as error:
+            log.warning("%s", error)
+            return int(error.exit_code)
+
+    def _begin(self) -> dict[str, Any]:
+        """Takes the next attempt; its record."""
+        step = self.run.latest_step()
+        record = {"began": self.began, "host": socket.gethostname(), "pid": os.getpid(), "from_step": step}
+        self.number = self.run.begin_attempt(record)
+        return record
+
+    def _attempt(self, record: dict[str, Any]) -> int:
+        run, number = self.run, self.number
         self.events = Journal(run.store, "events.jsonl")
-        number = run.begin_attempt({"host": socket.gethostname(), "pid": os.getpid(), "from_step": step})
         status = Status.RECOVERING if number > 1 else Status.STARTING
-        run.update(status=status, attempt=number, reason="", error=None, ended=None)
-        self.events.write("attempt", number=number, from_step=max(step, 0), host=socket.gethostname())
+        run.update(status=status, attempt=number, reason="", hint="", error=None, ended=None)
+        self.events.write("attempt", number=number, from_step=max(record["from_step"], 0), host=record["host"])
         error: LaunchError | None = None
         try:
             ended = Status.SUCCEEDED if self._train() == "finished" else Status.CANCELLED
@@ -71,10 +98,8 @@ class Driver:
 
             log.exception("the attempt failed")
             error, ended = classify(raised), Status.FAILED
-        run.write_json(f"attempts/{number:04d}.json", {
-            "began": self.began, "ended": time.time(), "outcome": ended, "from_step": step,
-            "host": socket.gethostname(), "pid": os.getpid(),
-        })  # fmt: skip
+        run.check_attempt(number)
+        run.write_json(f"attempts/{number:04d}.json", {**record, "ended": time.time(), "outcome": ended})
         self._finish(ended, error)
         return int(error.exit_code if error else ended.exit_code)
 
@@ -143,7 +168,7 @@ class Driver:
         resources = {"CPU": float(spec.resources.cpus_per_worker or 1)} | ({"GPU": float(gpus)} if gpus else {})
         trainer = TorchTrainer(
             work,
-            train_loop_config={"run": self.run.uri, "began": str(self.began)},
+            train_loop_config={"run": self.run.uri, "began": str(self.began), "attempt": str(self.number)},
             scaling_config=ScalingConfig(num_workers=number, use_gpu=gpus > 0, resources_per_worker=resources),
             run_config=RunConfig(
                 name=f"{self.run.name}-{secrets.token_hex(4)}",
@@ -162,7 +187,8 @@ class Driver:
 
     def _cause(self, spec: Spec, error: BaseException) -> LaunchError:
         """The error of the rank that failed first in earnest: a rank that only lost its peer counts last."""
-        records = [self.run.read_json(entry.key) for entry in self.run.store.list("failures/")]
+        mine = f"failures/{self.number:04d}-"
+        records = [self.run.read_json(entry.key) for entry in self.run.store.list(mine)]
         causes = [from_record(record) for record in records]
         causes.sort(key=lambda cause: isinstance(cause, InfrastructureError))
         if causes:
@@ -232,11 +258,14 @@ def _start_ray(spec: Spec) -> None:
     )  # fmt: skip
 
 
+def _supervised() -> bool:
+    """Whether a supervisor on this machine started the driver: it holds the lease and stores the output."""
+    return os.environ.get("RAYLAUNCH_SUPERVISOR") == str(os.getppid())
+
+
 def _end_with_parent() -> None:
     """A driver whose supervisor was killed must not train on beside the one that replaces it."""
     parent = os.getppid()
-    if os.environ.get("RAYLAUNCH_SUPERVISOR") != str(parent):
-        return
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -7,10 +7,11 @@ attempt finds the one of step 0, which the driver wrote. It never decides whethe
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -39,29 +40,29 @@ log = logging.getLogger(__name__)
 def work(config: dict[str, str]) -> str:
     """Trains the run at `config["run"]` to its end; returns `finished` or `cancelled`.
 
-    `config["began"]` is the Unix time at which this attempt began.
+    `config["attempt"]` is the number of this attempt, and `config["began"]` the Unix time at which it began.
 
-    An error is written to `failures/rank-N.json`, in terms of who has to act, before it is raised.
+    An error is written to `failures/ATTEMPT-rank-N.json`, in terms of who has to act, before it is raised.
     """
-    run = Run.at(config["run"])
+    run, attempt = Run.at(config["run"]), int(config["attempt"])
     team = Team.join()
     with rank_log(run, team.rank):
         try:
-            trainer = Trainer(run, team, float(config["began"]))
+            trainer = Trainer(run, team, float(config["began"]), functools.partial(run.check_attempt, attempt))
             try:
                 return trainer.train()
             finally:
                 trainer.close()
         except BaseException as error:
             log.exception("rank %d ends here", team.rank)
-            run.write_json(f"failures/rank-{team.rank}.json", guards.classify(error).to_record())
+            run.write_json(f"failures/{attempt:04d}-rank-{team.rank}.json", guards.classify(error).to_record())
             raise
 
 
 class Trainer:
-    """One rank's model, optimizer, data and position."""
+    """One rank's model, optimizer, data and position. `fence` raises once another attempt has taken over."""
 
-    def __init__(self, run: Run, team: Team, began: float) -> None:
+    def __init__(self, run: Run, team: Team, began: float, fence: Callable[[], None] = lambda: None) -> None:
         self.run, self.team, self.began = run, team, began
         self.spec = spec = run.spec()
         self.index = Index.load(run.store)
@@ -94,7 +95,7 @@ class Trainer:
         self.mix = _mix(spec, len(self.index.classes))
         self.stop = guards.StopWatcher(run.cancel_requested, 5.0 if run.uri.startswith("s3://") else 1.0)
         self.control = guards.Control(team, self.stop, spec.checkpoint.every_minutes * 60)
-        self.saver = checkpoint.Saver(run.store, spec.checkpoint.keep, self._saved) if team.rank == 0 else None
+        self.saver = checkpoint.Saver(run.store, spec.checkpoint.keep, self._saved, fence) if team.rank == 0 else None
 
     # -- the loop
 

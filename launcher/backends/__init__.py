@@ -1,14 +1,13 @@
-"""Where runs are carried out: one Protocol, and a table that loads an implementation only when it is used."""
+"""Where runs are carried out: one Protocol, whose implementations are loaded only when they are used."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from importlib import import_module
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
-from launcher.runs import Run, State
-
-_BACKENDS = {"local": "launcher.backends.local:LocalBackend"}
+from launcher.journal import Lines
+from launcher.pools import Pool
+from launcher.runs import Run, State, all_runs
 
 
 class Backend(Protocol):
@@ -27,14 +26,41 @@ class Backend(Protocol):
         """Asks the run to save and stop; with `force` it is killed. Calling it again changes nothing."""
 
     def list(self, storage: str) -> Iterator[tuple[Run, State]]:
-        """All runs in a storage with their states."""
+        """The runs in a storage that are carried out here, with their states."""
 
     def delete(self, run: Run) -> None:
         """Removes a run that is over, with all its files."""
 
 
-def backend(pool: str) -> Backend:
+def backend(pool: Pool) -> Backend:
     """The backend of a pool."""
-    module, _, name = _BACKENDS[pool].partition(":")
-    made: Backend = getattr(import_module(module), name)()
-    return made
+    if pool.site is None:
+        from launcher.backends.local import LocalBackend
+
+        return LocalBackend()
+    from launcher.backends.kuberay import KubeRayBackend
+    from launcher.cluster import Cluster
+
+    return KubeRayBackend(pool, Cluster.connect(pool.site.context, pool.site.namespace))
+
+
+def runs_of(pool: str, storage: str) -> Iterator[Run]:
+    """The runs in a storage that a pool carries out."""
+    return (run for run in all_runs(storage) if run.pool() == pool)
+
+
+def stored_logs(run: Run, over: Callable[[], bool], only: str = "") -> Iterator[tuple[str, str]]:
+    """The log lines in a run directory, as `Backend.logs` gives them; `over` says whether more can come."""
+    readers: dict[str, Lines] = {}
+    while True:
+        last = over()
+        for entry in run.store.list("logs/"):
+            source = entry.key.removeprefix("logs/").partition(".log")[0]
+            if not only or source == only:
+                readers.setdefault(source, Lines(run.store, f"logs/{source}.log"))
+        for source, lines in readers.items():
+            for line in lines.new():
+                yield source, line
+        if last:
+            return
+        yield "", ""

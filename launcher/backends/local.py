@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from importlib.util import find_spec
 
+from launcher.backends import runs_of, stored_logs
 from launcher.errors import BugError, NotFinishedError, SiteError, UserError
-from launcher.journal import Lines
-from launcher.runs import Run, State, Status, all_runs
+from launcher.runs import Run, State, Status
 from launcher.storage import cache_folder
 
 START_SECONDS = 30.0
@@ -58,26 +58,14 @@ class LocalBackend:
         return replace(state, status=Status.INTERRUPTED, reason="nothing drives it any more")
 
     def logs(self, run: Run, only: str = "") -> Iterator[tuple[str, str]]:
-        readers: dict[str, Lines] = {}
-        while True:
-            over = self.status(run).status.final
-            for entry in run.store.list("logs/"):
-                source = entry.key.removeprefix("logs/").partition(".log")[0]
-                if not only or source == only:
-                    readers.setdefault(source, Lines(run.store, f"logs/{source}.log"))
-            for source, lines in readers.items():
-                for line in lines.new():
-                    yield source, line
-            if over:
-                return
-            yield "", ""
+        return stored_logs(run, lambda: self.status(run).status.final, only)
 
     def cancel(self, run: Run, *, force: bool = False) -> None:
         if run.owner() is not None:
             run.request_cancel(force=force)
 
     def list(self, storage: str) -> Iterator[tuple[Run, State]]:
-        for run in all_runs(storage):
+        for run in runs_of("local", storage):
             try:
                 yield run, self.status(run)
             except SiteError as error:

@@ -1,0 +1,226 @@
+"""Is everything there that a run needs, and if not, how is it mended? Looks, and writes nothing but one test object.
+
+The whole list is for `launch doctor`; the short form, before each submission, stops at the first thing that is wrong.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+from launcher import __version__
+from launcher import cluster as api
+from launcher.capacity import free_nodes
+from launcher.cluster import Cluster, Kind
+from launcher.errors import LaunchError, SiteError
+from launcher.plan import count
+from launcher.pools import Pool
+from launcher.site import Site
+from launcher.storage import open_store
+
+RAY_VERSION = "2.60.0"
+"""What this version of raylaunch was tested with, and trains on."""
+OLDEST_OPERATOR = (1, 6)
+"""KubeRay: `preRunningDeadlineSeconds`, without which a run that finds no place waits for ever, came with 1.6.0."""
+
+NEEDED: tuple[tuple[Kind, str, str, str], ...] = (
+    (api.RAY_JOBS, "create get list watch delete", "", "start, watch and end runs"),
+    (api.RAY_CLUSTERS, "get list watch", "", "see where a run stands"),
+    (api.PODS, "get list watch", "", "see where a run stands"),
+    (api.EVENTS, "list watch", "", "say why a run waits"),
+    (api.CONFIG_MAPS, "create get list patch delete", "", "hand over the spec, find pools"),
+    (api.PODS, "get", "log", "say why a container crashed"),
+    (api.PODS, "create", "portforward", "launch dashboard"),
+    (api.SECRETS, "get", "", "launch dashboard"),
+)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding: `ok` is None for what could not be found out or is only advice. `hint` says how to mend it."""
+
+    name: str
+    ok: bool | None
+    what: str
+    hint: str = ""
+
+
+def machine() -> Iterator[Check]:
+    """What training on this machine needs."""
+    from launcher.pools import this_machine
+
+    missing = [name for name in ("torch", "timm", "ray") if find_spec(name) is None]
+    if missing:
+        yield Check("packages", None, f"{', '.join(missing)} not installed: runs here are not possible, clusters are",
+                    "pip install 'raylaunch[train]'")  # fmt: skip
+    else:
+        yield Check("packages", True, "torch, timm and ray are installed")
+    here = this_machine()
+    yield Check("machine", True, f"{count(here.cpus, 'core')}, {count(here.gpus, 'GPU')} {here.gpu_type}".rstrip())
+
+
+def storage(uri: str) -> Check:
+    """Whether objects can be written, read and deleted there with the credentials of this user."""
+    store, key = open_store(uri), f".raylaunch-doctor-{secrets.token_hex(4)}"
+    try:
+        store.write(key, b"test")
+        store.read(key)
+        store.delete(key)
+    except LaunchError as error:
+        return Check("storage", False, str(error), error.hint)
+    except FileNotFoundError:
+        return Check("storage", False, f"{uri}: what was written is not there", "check the bucket's policy")
+    return Check("storage", True, f"{uri} can be written, read and deleted from here")
+
+
+def cluster_checks(pool: Pool, cluster: Cluster) -> Iterator[Check]:
+    """Everything a run on the pool needs, in the order in which it would be missed."""
+    site = pool.site
+    assert site is not None
+    try:
+        yield Check("cluster", True, f"{cluster.where} answers, Kubernetes {cluster.version()}")
+    except LaunchError as error:
+        yield Check("cluster", False, str(error), error.hint)
+        return
+    steps: tuple[Callable[[], Iterator[Check]], ...] = (
+        lambda: _permissions(cluster, site),
+        lambda: _operator(cluster),
+        lambda: _image(site),
+        lambda: _objects(cluster, site),
+        lambda: iter([storage(site.storage)]),
+        lambda: _quota(cluster, site),
+        lambda: _gpus(cluster, site),
+    )
+    for step in steps:
+        try:
+            yield from step()
+        except LaunchError as error:
+            yield Check("cluster", None, str(error), error.hint)
+
+
+def before_submit(pool: Pool, cluster: Cluster) -> None:
+    """The short form: raises `SiteError` for the first thing without which no pod of the run could start."""
+    site = pool.site
+    assert site is not None
+    for check in (*_image(site), *_objects(cluster, site)):
+        if check.ok is False:
+            raise SiteError(check.what, where=cluster.where, hint=check.hint)
+
+
+def _permissions(cluster: Cluster, site: Site) -> Iterator[Check]:
+    wanted = list(NEEDED)
+    if site.queue:
+        wanted += [
+            (api.WORKLOADS, "list watch", "", "say why a run is queued"),
+            (api.LOCAL_QUEUES, "get", "", "check the queue"),
+        ]
+    missing = []
+    for kind, verbs, sub, why in wanted:
+        lacking = [verb for verb in verbs.split() if not cluster.allowed(verb, kind, sub)]
+        if lacking:
+            name = f"{kind.plural}/{sub}" if sub else kind.plural
+            missing.append(f"{' '.join(lacking)} {name} ({why})")
+    hint = f"ask for a Role with these in {cluster.namespace}; docs/cluster.md has it"
+    yield (Check("permissions", False, f"you may not {'; '.join(missing)}", hint) if missing
+           else Check("permissions", True, f"you may run, watch and end runs in {cluster.namespace}"))  # fmt: skip
+    if not cluster.allowed("list", api.NODES):
+        yield Check("nodes", None, "you may not list nodes: plans cannot say whether a run fits now",
+                    "optional: a ClusterRole with list on nodes")  # fmt: skip
+
+
+def _operator(cluster: Cluster) -> Iterator[Check]:
+    install = "install KubeRay 1.7: https://docs.ray.io/en/latest/cluster/kubernetes/getting-started.html"
+    try:
+        absent = [name for name in ("rayjobs.ray.io", "rayclusters.ray.io") if cluster.get(api.CRDS, name) is None]
+    except SiteError:  # definitions are seldom readable; that the kind is served says the same
+        cluster.objects(api.RAY_JOBS, labels="raylaunch.dev/run=none")
+        absent = []
+    if absent:
+        yield Check("kuberay", False, f"the cluster does not know {', '.join(absent)}", install)
+        return
+    try:
+        found = cluster.objects(api.DEPLOYMENTS, labels="app.kubernetes.io/name=kuberay-operator", everywhere=True)
+    except SiteError:
+        yield Check("kuberay", None, "RayJobs are known; you may not see the operator, so its version is not known",
+                    f"ask for its version: {'.'.join(map(str, OLDEST_OPERATOR))} or newer is needed")  # fmt: skip
+        return
+    if not found:
+        yield Check("kuberay", False, "RayJobs are known, but no kuberay-operator is deployed", install)
+        return
+    image = found[0]["spec"]["template"]["spec"]["containers"][0]["image"]
+    version = re.search(r":v?(\d+)\.(\d+)(\.\d+)?", image)
+    ready = (found[0].get("status") or {}).get("readyReplicas") or 0
+    if version and (int(version[1]), int(version[2])) < OLDEST_OPERATOR:
+        yield Check("kuberay", False, f"the operator is {version[0][1:]}, too old", install)
+    elif not ready:
+        yield Check("kuberay", False, "the operator is deployed, but not running",
+                    f"kubectl -n {found[0]['metadata']['namespace']} get pods")  # fmt: skip
+    else:
+        yield Check("kuberay", True, f"the operator runs, {version[0][1:] if version else image}")
+
+
+def _image(site: Site) -> Iterator[Check]:
+    owner = "the pool's owner sets image and ray_version in its ConfigMap"
+    if site.ray_version != RAY_VERSION:
+        yield Check(
+            "image", False, f"the pool has Ray {site.ray_version}, raylaunch {__version__} needs {RAY_VERSION}", owner
+        )
+        return
+    tag = site.image.partition("@")[0].rpartition("/")[2].partition(":")[2]
+    if "@sha256:" not in site.image and tag in ("", "latest"):
+        yield Check("image", None, f"{site.image} can change between the pods of one run", f"pin it by digest; {owner}")
+    elif re.fullmatch(r"v?\d+\.\d+\.\d+", tag) and tag.removeprefix("v") != __version__:
+        yield Check(
+            "image", None, f"the image is {tag}, this is raylaunch {__version__}", f"use the same version; {owner}"
+        )
+    else:
+        yield Check("image", True, f"{site.image} with Ray {site.ray_version}")
+
+
+def _objects(cluster: Cluster, site: Site) -> Iterator[Check]:
+    named = [(api.SERVICE_ACCOUNTS, "service account", site.service_account), (api.SECRETS, "secret", site.env_secret),
+             (api.LOCAL_QUEUES, "queue", site.queue)]  # fmt: skip
+    for kind, what, name in named:
+        if name is None:
+            continue
+        try:
+            found = cluster.get(kind, name)
+        except SiteError:
+            yield Check(what, None, f"you may not see {what} {name}")
+            continue
+        if found is None:
+            yield Check(what, False, f"the pool names {what} {name}, which is not in {cluster.namespace}",
+                        "the pool's owner makes it, or names another in the pool's ConfigMap")  # fmt: skip
+        else:
+            yield Check(what, True, f"{what} {name} is there")
+
+
+def _quota(cluster: Cluster, site: Site) -> Iterator[Check]:
+    from launcher.site import quantity
+
+    key = f"requests.{site.gpu_resource}"
+    for item in cluster.objects(api.QUOTAS):
+        hard, used = item["status"].get("hard") or {}, item["status"].get("used") or {}
+        if key in hard:
+            left = quantity(hard[key]) - quantity(used.get(key, 0))
+            what = f"{left:g} of {quantity(hard[key]):g} GPUs are left in the quota {item['metadata']['name']}"
+            yield Check("quota", left > 0 or None, what, "" if left > 0 else "launch list shows who uses them")
+
+
+def _gpus(cluster: Cluster, site: Site) -> Iterator[Check]:
+    try:
+        nodes, pods = cluster.objects(api.NODES), cluster.objects(api.PODS, everywhere=True)
+    except SiteError:
+        return
+    for kind in site.node_types:
+        free = free_nodes(nodes, pods, kind, site.gpu_resource)
+        total, left = sum(node.all_gpus for node in free), sum(node.gpus for node in free)
+        if free and kind.gpus and not total:
+            yield Check("gpus", False, f"{count(len(free), 'node')} of {kind.name}, none offers {site.gpu_resource}",
+                        "the device plugin is not running on them: kubectl -n kube-system get daemonsets")  # fmt: skip
+        else:
+            gpus = f", {left} of {total} GPUs free" if kind.gpus else ""
+            yield Check("gpus", True, f"{kind.name}: {count(len(free), 'node')} of at most {kind.max_nodes}{gpus}")

@@ -1,0 +1,258 @@
+"""`python -m trainers.submitter RUN_URI --config FOLDER …`: keeps one run going on its Ray cluster until it has ended.
+
+What the supervisor is on a laptop, this is in a cluster, in a pod of its own beside Ray's head. It submits the driver
+once, however often it is restarted itself; submits it again, to go on from the last checkpoint, where the head or the
+driver was lost; ends a run that shows no sign of progress. It leaves only when the run's end is on record: until then
+KubeRay keeps the cluster, and with it the GPUs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from launcher.errors import BugError, InfrastructureError, LaunchError, NeverStartedError
+from launcher.journal import Journal, open_journal
+from launcher.runs import STRIKES, Run, State, Status
+from launcher.spec import Spec
+
+POLL_SECONDS = 2.0
+LOOK_SECONDS = 30.0
+"""How often the run directory is looked at for signs of progress."""
+SIGNS = ("progress.jsonl", "events.jsonl", "index.parquet", "checkpoints/")
+
+
+class Jobs(Protocol):
+    """The part of Ray's `JobSubmissionClient` that is used."""
+
+    def get_job_info(self, job_id: str) -> Any: ...
+    def submit_job(self, *, entrypoint: str, submission_id: str) -> str: ...
+    def stop_job(self, job_id: str) -> bool: ...
+    def delete_job(self, job_id: str) -> bool: ...
+
+
+def main() -> None:
+    """Entry point; exits with 0 once the run's end is on record, whatever it was."""
+    parser = argparse.ArgumentParser(prog="trainers.submitter")
+    parser.add_argument("run_uri")
+    parser.add_argument("--config", type=Path, required=True)
+    parser.add_argument("--submission", required=True)
+    parser.add_argument("--start-seconds", type=float, required=True)
+    parser.add_argument("--idle-seconds", type=float, required=True)
+    given = parser.parse_args()
+    run = Run.at(given.run_uri)
+    make_directory(run, given.config)
+    out = open_journal(run.store, "logs/submitter.log")
+
+    def tell(line: str) -> None:
+        stamped = f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} {line}"
+        print(stamped, flush=True)
+        out.write(stamped.encode() + b"\n")
+        out.flush()
+
+    try:
+        Submitter(
+            run, connect, tell, submission=given.submission, start_seconds=given.start_seconds,
+            idle_seconds=given.idle_seconds,
+        ).supervise()  # fmt: skip
+    finally:
+        out.close()
+
+
+def make_directory(run: Run, config: Path) -> None:
+    """Makes the run directory if the client has not: `kubectl apply` of a printed manifest is enough to start a run."""
+    if not run.exists():
+        spec = Spec.model_validate_json((config / "spec.json").read_text())
+        try:
+            run.create(spec, json.loads((config / "plan.json").read_text()))
+        except LaunchError:  # another submitter of the same run was faster
+            if not run.exists():
+                raise
+
+
+def connect() -> Jobs:
+    """The jobs of the cluster at `$RAY_DASHBOARD_ADDRESS`; Ray takes the token from the environment."""
+    from ray.job_submission import JobSubmissionClient
+
+    address = os.environ["RAY_DASHBOARD_ADDRESS"]
+    jobs: Jobs = JobSubmissionClient(address if "://" in address else f"http://{address}")
+    return jobs
+
+
+class Submitter:
+    """`job` is the id under which KubeRay watches the run's job.
+
+    `submission` tells this RayJob from earlier ones of the run. What a submitter that replaces this one has to know
+    is kept in submission.json.
+    """
+
+    def __init__(
+        self, run: Run, connect: Callable[[], Jobs], tell: Callable[[str], None], *, submission: str,
+        start_seconds: float, idle_seconds: float, sleep: Callable[[float], None] = time.sleep,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:  # fmt: skip
+        self.run, self.connect, self.tell = run, connect, tell
+        self.start_seconds, self.idle_seconds = start_seconds, idle_seconds
+        self.sleep, self.clock = sleep, clock
+        self.job = os.environ.get("RAY_JOB_SUBMISSION_ID") or run.name
+        self.entrypoint = shlex.join(["python", "-m", "trainers.driver", run.uri])
+        self.jobs: Jobs | None = None
+        self.began = clock()
+        known = run.read_json("submission.json") or {}
+        self.memory = known if known.get("id") == submission else {"id": submission, "times": 0}
+        self.reached = bool(self.memory["times"])
+        self.sign: Any = None
+        self.signed = self.looked = clock()
+        self.told = ""
+
+    def supervise(self) -> None:
+        """Returns when the run's end is on record."""
+        while not self._once():
+            self.sleep(POLL_SECONDS)
+
+    def _once(self) -> bool:
+        """Looks once and does what is due; whether the end is on record."""
+        try:
+            state = self.run.state()
+            if state.status.final:
+                self.tell(f"the run is over: {state.status.lower()}")
+                return self._wait_for_driver()
+            info = self._info()
+        except InfrastructureError as error:
+            return self._unreachable(str(error))
+        except (ConnectionError, OSError) as error:
+            return self._unreachable(f"the head does not answer ({type(error).__name__})")
+        self.reached = True
+        if info is None:
+            return self._submit("the head was replaced" if self.memory["times"] else "")
+        self._tell_once(f"job {self.job}: {info.status.value}")
+        if info.status.is_terminal():
+            return self._ended_without_record(info)
+        return self._idle()
+
+    def _info(self) -> Any:
+        """What Ray knows of the job, or None if it knows of none."""
+        try:
+            if self.jobs is None:
+                self.jobs = self.connect()
+            return self.jobs.get_job_info(self.job)
+        except RuntimeError as error:
+            if "status code 404" in str(error) and self.jobs is not None:
+                return None
+            raise ConnectionError(str(error)) from error
+
+    def _submit(self, lost: str) -> bool:
+        """Submits the driver; `lost` says what became of the one before."""
+        run = self.run
+        if run.cancel_requested():
+            return self._end(Status.CANCELLED, None, "it was cancelled before it began")
+        step = run.latest_step()
+        strikes = self.memory["strikes"] + 1 if lost and step <= self.memory["step"] else 0
+        if lost:
+            if strikes >= STRIKES:
+                return self._end(Status.FAILED, InfrastructureError(
+                    f"{lost}; {STRIKES} times in a row without a new checkpoint", where="the cluster",
+                    hint=f"launch logs {run.name}, then launch resume {run.name}"))  # fmt: skip
+            self.tell(f"{lost}; going on from step {max(step, 0):,}")
+            run.update(status=Status.RECOVERING, reason=lost, hint="")
+            journal = Journal(run.store, "events.jsonl")
+            journal.write("retry", error={"what": lost}, step=step)
+            journal.close()
+        assert self.jobs is not None
+        try:
+            self.jobs.submit_job(entrypoint=self.entrypoint, submission_id=self.job)
+        except RuntimeError as error:
+            # Submitted just now by a submitter that was then lost: Ray's id keeps it from being done twice.
+            if "already exists" not in str(error):
+                return self._unreachable(str(error))
+        self.tell(f"submitted {self.entrypoint}")
+        self.memory |= {"times": self.memory["times"] + 1, "strikes": strikes, "step": step}
+        run.write_json("submission.json", self.memory)
+        self.sign, self.signed = None, self.clock()
+        return False
+
+    def _ended_without_record(self, info: Any) -> bool:
+        """The driver's process is gone, and it has not said why: killed, or it never got so far."""
+        state = self.run.state()
+        if state.status.final:
+            return False
+        code = info.driver_exit_code
+        said = str(info.message or "").strip()
+        if code is not None and 0 <= code < 128:
+            # A driver ends by itself only after it has recorded why.
+            last = next((line for line in reversed(said.splitlines()) if line.strip()), "")
+            self.tell(said)
+            return self._end(Status.FAILED, BugError(
+                f"the driver ended with exit code {code} before it could say why: {last[:300]}", where="driver",
+                hint=f"launch logs {self.run.name}"))  # fmt: skip
+        assert self.jobs is not None
+        self.jobs.delete_job(self.job)
+        return self._submit("the driver was killed" if code is None else f"the driver was killed (exit code {code})")
+
+    def _idle(self) -> bool:
+        """Ends a run of which the run directory shows nothing new for too long."""
+        now = self.clock()
+        if now - self.looked < LOOK_SECONDS:
+            return False
+        self.looked = now
+        sign = [entry for prefix in SIGNS for entry in self.run.store.list(prefix)]
+        if sign != self.sign:
+            self.sign, self.signed = sign, now
+        if now - self.signed < self.idle_seconds:
+            return False
+        error = InfrastructureError(
+            f"no sign of progress for {self.idle_seconds / 60:.0f} minutes, so the GPUs are given back",
+            where="limits.idle_minutes", hint=f"launch logs {self.run.name}, then launch resume {self.run.name}",
+        )  # fmt: skip
+        assert self.jobs is not None
+        ended = self._end(Status.FAILED, error)
+        self.jobs.stop_job(self.job)
+        return ended
+
+    def _unreachable(self, reason: str) -> bool:
+        """Waits for the head; gives up only if it never answered. A head that is gone is KubeRay's to replace."""
+        self.jobs = None
+        self._tell_once(reason)
+        if not self.reached and self.clock() - self.began > self.start_seconds:
+            return self._end(Status.FAILED, NeverStartedError(
+                f"Ray's head did not answer for {self.start_seconds / 60:.0f} minutes ({reason})", where="the head",
+                hint=f"kubectl logs -l ray.io/node-type=head,raylaunch.dev/run={self.run.name}"))  # fmt: skip
+        return False
+
+    def _wait_for_driver(self) -> bool:
+        """A recorded end is shown by the driver's own before the cluster may go; one that hangs is not waited for."""
+        deadline = self.clock() + 60.0
+        while self.clock() < deadline:
+            try:
+                info = self._info()
+            except (ConnectionError, OSError):
+                break
+            if info is None or info.status.is_terminal():
+                break
+            self.sleep(POLL_SECONDS)
+        return True
+
+    def _end(self, status: Status, error: LaunchError | None, reason: str = "") -> bool:
+        """Records an end that no driver can record any more."""
+        told = error.to_record() if error else None
+        state: State = self.run.update(status=status, reason=reason, hint="", error=told, ended=time.time())
+        self.run.clear_cancel()
+        self.tell(f"{state.status.lower()}: {error or reason}")
+        return True
+
+    def _tell_once(self, line: str) -> None:
+        if line != self.told:
+            self.told = line
+            self.tell(line)
+
+
+if __name__ == "__main__":
+    main()
+    sys.exit(0)
