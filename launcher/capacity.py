@@ -36,7 +36,8 @@ def free_nodes(
         used = {key: sum(pod.get(key, 0.0) for pod in here) for key in ("cpu", "memory", gpu_resource)}
         total = {key: quantity(has.get(key, 0)) for key in used}
         found.append(Free(
-            total["cpu"] - used["cpu"], total["memory"] - used["memory"],
+            # In whole millicores: sums of fractions would leave 2.9999999999999996 of 3 cores.
+            round(total["cpu"] - used["cpu"], 3), total["memory"] - used["memory"],
             round(total[gpu_resource] - used[gpu_resource]), round(total[gpu_resource]),
         ))  # fmt: skip
     return found

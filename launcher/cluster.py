@@ -75,13 +75,15 @@ class Cluster:
         """The cluster of a context (by default the current one); nothing is requested yet."""
         from kubernetes import client, config
 
+        # The library reads the variable when it is imported, and never again.
+        file = os.environ.get("KUBECONFIG") or "~/.kube/config"
         try:
-            contexts, current = config.list_kube_config_contexts()
+            contexts, current = config.list_kube_config_contexts(config_file=file)
         except config.ConfigException as error:
             if context is None and os.environ.get("KUBERNETES_SERVICE_HOST"):
                 return cls._within(namespace)
             raise SiteError(
-                f"there is no usable kubeconfig ({error})", where=os.environ.get("KUBECONFIG", ""),
+                f"there is no usable kubeconfig ({error})", where=file,
                 hint="set KUBECONFIG, or fetch one: aws eks update-kubeconfig --name CLUSTER",
             ) from None  # fmt: skip
         names = [item["name"] for item in contexts]
@@ -92,7 +94,7 @@ class Cluster:
         chosen = next((item for item in contexts if item["name"] == context), current)
         configuration = client.Configuration()
         try:
-            config.load_kube_config(context=context, client_configuration=configuration, persist_config=False)
+            config.load_kube_config(file, context, configuration, persist_config=False)
         except config.ConfigException as error:
             raise SiteError(f"the kubeconfig does not lead to a cluster: {error}", where=chosen["name"],
                             hint=f"kubectl --context {chosen['name']} get pods says more") from None  # fmt: skip

@@ -66,14 +66,14 @@ def lay_out(spec: Spec, site: Site, spent: float = 0.0) -> Layout:
     if fits < 1:
         raise UserError(f"a worker with {cpus} cores does not fit on a node of {kind.name}, which has {kind.cpus:g}",
                         where="resources.cpus_per_worker", hint=f"at most {int(kind.cpus)}")  # fmt: skip
-    # An even split, so that no pod waits for another: the largest divisor that a node holds.
-    per_pod = max(number for number in range(1, fits + 1) if workers % number == 0)
-    pods, most_pods = workers // per_pod, kind.max_nodes * (fits // per_pod)
-    if pods > most_pods:
-        raise UserError(
-            f"{workers} workers need {pods} pods; {kind.max_nodes} nodes of {kind.name} hold {most_pods}",
-            where="resources.workers", hint=f"at most --workers {most_pods * per_pod}, or another --gpu",
-        )  # fmt: skip
+    most = kind.max_nodes * fits
+    if workers > most:
+        raise UserError(f"{workers} workers, but {kind.max_nodes} nodes of {kind.name} hold {most}",
+                        where="resources.workers", hint=f"at most --workers {most}, or another --gpu")  # fmt: skip
+    # An even split, so that no pod waits for another: the fewest pods for which there are nodes.
+    sizes = (size for size in range(fits, 0, -1) if workers % size == 0)
+    per_pod = next(size for size in sizes if workers // size <= kind.max_nodes * (fits // size))
+    pods = workers // per_pod
     gpus = per_pod if on_gpu else 0
     share = gpus / kind.gpus if on_gpu else per_pod * cpus / kind.cpus
     price = None if offer.price_per_hour is None else pods * share * offer.price_per_hour + site.head.price_per_hour

@@ -39,7 +39,21 @@ def manifest_text(plan: Plan, run_uri: str) -> str:
     if plan.pool.site and plan.pool.site.namespace:
         for item in objects:
             item["metadata"]["namespace"] = plan.pool.site.namespace
-    return str(yaml.safe_dump_all(objects, sort_keys=False, width=10_000))
+    return str(yaml.dump_all(objects, Dumper=_dumper(), sort_keys=False, width=10_000))
+
+
+def _dumper() -> Any:
+    """Writes texts of several lines as such, so that the spec in the ConfigMap can be read."""
+    import yaml
+
+    class Dumper(yaml.SafeDumper):
+        pass
+
+    def text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+        return dumper.represent_scalar("tag:yaml.org,2002:str", value, style="|" if "\n" in value else None)
+
+    Dumper.add_representer(str, text)
+    return Dumper
 
 
 def show_outlook(plan: Plan) -> None:

@@ -174,7 +174,8 @@ class _Rules:
 
     def resources(self) -> None:
         pool = self.pool
-        self.choose("resources.gpus_per_worker", min(pool.gpus, 1), f"{pool.name} has {count(pool.gpus, 'GPU')}")
+        where = f"a node of {self['resources.node_type']}" if pool.site else pool.name
+        self.choose("resources.gpus_per_worker", min(pool.gpus, 1), f"{where} has {count(pool.gpus, 'GPU')}")
         on_gpu = self["resources.gpus_per_worker"] > 0
         batch = self["train.batch_size"]
         busy = max(1, batch // self["train.accumulate"]) if batch else pool.gpus
@@ -183,8 +184,8 @@ class _Rules:
         elif busy < pool.gpus:
             self.choose("resources.workers", busy, f"a batch of {batch} has no work for more")
         else:
-            where = " of a node" if pool.nodes > 1 else ""
-            self.choose("resources.workers", max(1, pool.gpus), f"one for each GPU{where}")
+            of_node = " of a node" if pool.nodes > 1 else ""
+            self.choose("resources.workers", max(1, pool.gpus), f"one for each GPU{of_node}")
         workers, gpus = self["resources.workers"], pool.gpus * pool.nodes
         allowed = pool.site.limits.max_gpus if pool.site else None
         if on_gpu and workers > min(gpus, allowed or gpus):

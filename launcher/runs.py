@@ -80,14 +80,14 @@ class State:
 
     status: Status
     reason: str = ""
-    hint: str = ""
     attempt: int = 0
     created: float = 0.0
-    submitted: float = 0.0
     started: float | None = None
     ended: float | None = None
     error: dict[str, str] | None = None
     result: dict[str, Any] = field(default_factory=dict)
+    hint: str = ""
+    submitted: float = 0.0
 
 
 @dataclass(frozen=True)

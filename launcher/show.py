@@ -49,7 +49,9 @@ def size(value: float) -> str:
 
 
 def typed(run: Run) -> str:
-    """The run as one types it after a command: with its storage, unless that is the default one."""
+    """The run as one types it after a command: with its pool, or its storage unless that is the default one."""
+    if run.pool() != "local":
+        return f"{run.name} --cluster {run.pool()}"
     usual = open_store(run.storage).uri == open_store(default_storage()).uri
     return run.name if usual else f"{run.name} --storage {shlex.quote(run.storage)}"
 

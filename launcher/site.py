@@ -15,15 +15,13 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from launcher.errors import SiteError, UserError, nearest
 
-_SUFFIXES = {
-    "": Decimal(1), "m": Decimal("0.001"), "k": Decimal(10**3), "M": Decimal(10**6), "G": Decimal(10**9),
-    "T": Decimal(10**12), "Ki": Decimal(2**10), "Mi": Decimal(2**20), "Gi": Decimal(2**30), "Ti": Decimal(2**40),
-}  # fmt: skip
+_SUFFIXES = {name: Decimal(1000) ** power for power, name in enumerate(["n", "u", "m", "", *"kMGTPE"], -3)}
+_SUFFIXES |= {f"{name}i": Decimal(1024) ** power for power, name in enumerate("KMGTPE", 1)}
 
 
 def quantity(text: str | int | float) -> float:
     """The number that a Kubernetes quantity (`28Gi`, `500m`, `7`) means; `ValueError` if it is none."""
-    found = re.fullmatch(r"([0-9.]+)([a-zA-Z]*)", str(text))
+    found = re.fullmatch(r"([0-9.]+(?:[eE][-+]?[0-9]{1,2})?)([a-zA-Z]*)", str(text))
     try:
         if found is None or found[2] not in _SUFFIXES:
             raise ValueError
@@ -32,13 +30,14 @@ def quantity(text: str | int | float) -> float:
         raise ValueError(f"{text!r} is not a quantity such as 28Gi or 500m") from None
 
 
-def _valid_quantity(text: str) -> str:
-    quantity(text)
+def _some_quantity(text: str) -> str:
+    if not quantity(text):
+        raise ValueError(f"{text!r} is nothing")
     return text
 
 
 Quantity = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is int else value),
-                     AfterValidator(_valid_quantity)]  # fmt: skip
+                     AfterValidator(_some_quantity)]  # fmt: skip
 Label = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]{0,61}[a-z0-9])?$")]
 
 
@@ -94,6 +93,12 @@ class NodeType(_Part):
         return found
 
 
+def _not_empty(kinds: tuple[NodeType, ...]) -> tuple[NodeType, ...]:
+    if not kinds:
+        raise ValueError("needs one node type or more")
+    return kinds
+
+
 class Head(_Part):
     """The pod that holds Ray's head and the driver. It has no GPU and must not be on spot."""
 
@@ -119,7 +124,8 @@ class Site(_Part):
     image: str = Field(min_length=1)
     ray_version: str = Field(pattern=r"^\d+\.\d+\.\d+$")
     storage: str = Field(pattern=r"^s3://.+")
-    node_types: tuple[NodeType, ...] = Field(min_length=1)
+    # With `min_length`, a type with a mistake in it would count as absent, and that as a mistake of its own.
+    node_types: Annotated[tuple[NodeType, ...], AfterValidator(_not_empty)]
     service_account: Label = "default"
     gpu_resource: str = "nvidia.com/gpu"
     head: Head = Head()
@@ -156,8 +162,10 @@ def read_site(text: str, where: str) -> Site:
     """The site that a YAML text describes; `SiteError` lists every mistake. `where` names the text for the user."""
     try:
         document = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise SiteError(f"the pool is not valid YAML: {str(error).splitlines()[0]}", where=where,
+    except (yaml.YAMLError, RecursionError) as error:
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        line = f"line {mark.line + 1}: " if mark else ""
+        raise SiteError(f"the pool is not valid YAML: {line}{problem or str(error).splitlines()[0]}", where=where,
                         hint="the owner of the cluster mends it") from None  # fmt: skip
     return site_from(document, where)
 

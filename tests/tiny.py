@@ -23,13 +23,13 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def new_run(storage: Path | str, name: str = "run", **settings: Any) -> Run:
+def new_run(storage: Path | str, name: str = "run", pool: Pool = POOL, **settings: Any) -> Run:
     """A run that is planned and recorded, not started; settings are spec fields with `__` for the dot."""
     draft = Draft()
     chosen = {key.replace("__", "."): value for key, value in settings.items()}
     for key, value in {**SETTINGS, "name": name, "storage": str(storage), **chosen}.items():
         draft.put(key, value, "test")
-    plan, index = prepare(draft, POOL)
+    plan, index = prepare(draft, pool)
     run = Run(str(storage), name)
     run.create(plan.spec, plan.to_json())
     if index is not None:

@@ -49,7 +49,11 @@ class Lease:
     ) -> None:
         self._over.set()
         self._thread.join()
-        self._run.release()
+        try:
+            if self._run.owner() == Owner.me():
+                self._run.release()
+        except LaunchError as error:  # it ends by itself
+            log.warning("the lease was not given up: %s", error)
 
     def _confirm(self) -> None:
         while not self._over.wait(EVERY_SECONDS):
@@ -64,4 +68,7 @@ class Lease:
 
     def _hold(self) -> None:
         self._run.hold(Owner.me())
-        self._run.write_json(f"attempts/{self._attempt:04d}.json", {**self._record, "seen": time.time()})
+        key = f"attempts/{self._attempt:04d}.json"
+        # By now the driver may have added how the attempt ended.
+        record = {**self._record, **(self._run.read_json(key) or {}), "seen": time.time()}
+        self._run.write_json(key, record)

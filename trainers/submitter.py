@@ -15,6 +15,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +25,8 @@ from launcher.runs import STRIKES, Run, State, Status
 from launcher.spec import Spec
 
 POLL_SECONDS = 2.0
+ANSWER_SECONDS = 30.0
+"""A node that is lost never closes a connection: a request without an answer is given up after this long."""
 LOOK_SECONDS = 30.0
 """How often the run directory is looked at for signs of progress."""
 SIGNS = ("progress.jsonl", "events.jsonl", "index.parquet", "checkpoints/")
@@ -81,8 +84,12 @@ def connect() -> Jobs:
     """The jobs of the cluster at `$RAY_DASHBOARD_ADDRESS`; Ray takes the token from the environment."""
     from ray.job_submission import JobSubmissionClient
 
+    class Client(JobSubmissionClient):  # type: ignore[misc]
+        def _do_request(self, method: str, endpoint: str, **more: Any) -> Any:
+            return super()._do_request(method, endpoint, timeout=ANSWER_SECONDS, **more)
+
     address = os.environ["RAY_DASHBOARD_ADDRESS"]
-    jobs: Jobs = JobSubmissionClient(address if "://" in address else f"http://{address}")
+    jobs: Jobs = Client(address if "://" in address else f"http://{address}")
     return jobs
 
 
@@ -106,11 +113,14 @@ class Submitter:
         self.jobs: Jobs | None = None
         self.began = clock()
         known = run.read_json("submission.json") or {}
-        self.memory = known if known.get("id") == submission else {"id": submission, "times": 0}
+        mine: dict[str, Any] = {"id": submission, "times": 0, "strikes": 0, "step": -1}
+        self.memory = known if known.get("id") == submission else mine
+        self.due: dict[str, int] | None = None
         self.reached = bool(self.memory["times"])
         self.sign: Any = None
         self.signed = self.looked = clock()
         self.told = ""
+        self.announced = -1
 
     def supervise(self) -> None:
         """Returns when the run's end is on record."""
@@ -120,39 +130,53 @@ class Submitter:
     def _once(self) -> bool:
         """Looks once and does what is due; whether the end is on record."""
         try:
-            state = self.run.state()
-            if state.status.final:
-                self.tell(f"the run is over: {state.status.lower()}")
-                return self._wait_for_driver()
-            info = self._info()
-        except InfrastructureError as error:
+            return self._look()
+        except (InfrastructureError, ConnectionError) as error:
             return self._unreachable(str(error))
-        except (ConnectionError, OSError) as error:
-            return self._unreachable(f"the head does not answer ({type(error).__name__})")
+
+    def _look(self) -> bool:
+        state = self.run.state()
+        if state.status.final:
+            self.tell(f"the run is over: {state.status.lower()}")
+            return self._wait_for_driver()
+        info = self._info()
         self.reached = True
         if info is None:
             return self._submit("the head was replaced" if self.memory["times"] else "")
+        if self.due or not self.memory["times"]:
+            self._remember()  # the answer to the submission was lost, or the submitter that made it
         self._tell_once(f"job {self.job}: {info.status.value}")
         if info.status.is_terminal():
             return self._ended_without_record(info)
         return self._idle()
 
-    def _info(self) -> Any:
-        """What Ray knows of the job, or None if it knows of none."""
+    def _ask(self, question: Callable[[Jobs], Any]) -> Any:
+        """What the head answers; `ConnectionError` if that is nothing, or a refusal."""
+        from ray.exceptions import AuthenticationError
+
         try:
             if self.jobs is None:
                 self.jobs = self.connect()
-            return self.jobs.get_job_info(self.job)
-        except RuntimeError as error:
+            return question(self.jobs)
+        except (RuntimeError, AuthenticationError) as error:
+            raise ConnectionError(str(error)) from error
+        except OSError as error:
+            raise ConnectionError(f"the head does not answer ({type(error).__name__})") from error
+
+    def _info(self) -> Any:
+        """What Ray knows of the job, or None if it knows of none."""
+        try:
+            return self._ask(lambda jobs: jobs.get_job_info(self.job))
+        except ConnectionError as error:
             if "status code 404" in str(error) and self.jobs is not None:
                 return None
-            raise ConnectionError(str(error)) from error
+            raise
 
     def _submit(self, lost: str) -> bool:
         """Submits the driver; `lost` says what became of the one before."""
         run = self.run
         if run.cancel_requested():
-            return self._end(Status.CANCELLED, None, "it was cancelled before it began")
+            return self._end(Status.CANCELLED, None, lost or "it was cancelled before it began")
         step = run.latest_step()
         strikes = self.memory["strikes"] + 1 if lost and step <= self.memory["step"] else 0
         if lost:
@@ -160,23 +184,35 @@ class Submitter:
                 return self._end(Status.FAILED, InfrastructureError(
                     f"{lost}; {STRIKES} times in a row without a new checkpoint", where="the cluster",
                     hint=f"launch logs {run.name}, then launch resume {run.name}"))  # fmt: skip
-            self.tell(f"{lost}; going on from step {max(step, 0):,}")
-            run.update(status=Status.RECOVERING, reason=lost, hint="")
-            journal = Journal(run.store, "events.jsonl")
-            journal.write("retry", error={"what": lost}, step=step)
-            journal.close()
-        assert self.jobs is not None
+            self._announce(lost, step)
+        self.due = {"times": self.memory["times"] + 1, "strikes": strikes, "step": step}
         try:
-            self.jobs.submit_job(entrypoint=self.entrypoint, submission_id=self.job)
-        except RuntimeError as error:
+            self._ask(lambda jobs: jobs.submit_job(entrypoint=self.entrypoint, submission_id=self.job))
+        except ConnectionError as error:
             # Submitted just now by a submitter that was then lost: Ray's id keeps it from being done twice.
             if "already exists" not in str(error):
-                return self._unreachable(str(error))
+                raise
         self.tell(f"submitted {self.entrypoint}")
-        self.memory |= {"times": self.memory["times"] + 1, "strikes": strikes, "step": step}
-        run.write_json("submission.json", self.memory)
-        self.sign, self.signed = None, self.clock()
+        self._remember()
         return False
+
+    def _announce(self, lost: str, step: int) -> None:
+        """Says once for each loss, not for each try to make it good, that the run goes on."""
+        if self.announced == self.memory["times"]:
+            return
+        self.tell(f"{lost}; going on from step {max(step, 0):,}")
+        self.run.update(status=Status.RECOVERING, reason=lost, hint="")
+        journal = Journal(self.run.store, "events.jsonl")
+        journal.write("retry", error={"what": lost}, step=step)
+        journal.close()
+        self.announced = self.memory["times"]
+
+    def _remember(self) -> None:
+        """Notes a submission for whoever replaces this submitter."""
+        memory = self.memory | (self.due or {"times": 1, "strikes": 0, "step": self.run.latest_step()})
+        self.run.write_json("submission.json", memory)
+        self.memory, self.due = memory, None
+        self.sign, self.signed = None, self.clock()
 
     def _ended_without_record(self, info: Any) -> bool:
         """The driver's process is gone, and it has not said why: killed, or it never got so far."""
@@ -192,8 +228,7 @@ class Submitter:
             return self._end(Status.FAILED, BugError(
                 f"the driver ended with exit code {code} before it could say why: {last[:300]}", where="driver",
                 hint=f"launch logs {self.run.name}"))  # fmt: skip
-        assert self.jobs is not None
-        self.jobs.delete_job(self.job)
+        self._ask(lambda jobs: jobs.delete_job(self.job))
         return self._submit("the driver was killed" if code is None else f"the driver was killed (exit code {code})")
 
     def _idle(self) -> bool:
@@ -211,9 +246,8 @@ class Submitter:
             f"no sign of progress for {self.idle_seconds / 60:.0f} minutes, so the GPUs are given back",
             where="limits.idle_minutes", hint=f"launch logs {self.run.name}, then launch resume {self.run.name}",
         )  # fmt: skip
-        assert self.jobs is not None
         ended = self._end(Status.FAILED, error)
-        self.jobs.stop_job(self.job)
+        self._ask(lambda jobs: jobs.stop_job(self.job))
         return ended
 
     def _unreachable(self, reason: str) -> bool:
@@ -221,9 +255,10 @@ class Submitter:
         self.jobs = None
         self._tell_once(reason)
         if not self.reached and self.clock() - self.began > self.start_seconds:
-            return self._end(Status.FAILED, NeverStartedError(
-                f"Ray's head did not answer for {self.start_seconds / 60:.0f} minutes ({reason})", where="the head",
-                hint=f"kubectl logs -l ray.io/node-type=head,raylaunch.dev/run={self.run.name}"))  # fmt: skip
+            with suppress(InfrastructureError):
+                return self._end(Status.FAILED, NeverStartedError(
+                    f"Ray's head did not answer for {self.start_seconds / 60:.0f} minutes ({reason})", where="the head",
+                    hint=f"kubectl logs -l ray.io/node-type=head,raylaunch.dev/run={self.run.name}"))  # fmt: skip
         return False
 
     def _wait_for_driver(self) -> bool:
@@ -232,7 +267,7 @@ class Submitter:
         while self.clock() < deadline:
             try:
                 info = self._info()
-            except (ConnectionError, OSError):
+            except ConnectionError:
                 break
             if info is None or info.status.is_terminal():
                 break

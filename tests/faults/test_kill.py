@@ -6,17 +6,19 @@ import random
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from launcher.backends import Backend, backend
 from launcher.journal import Lines
+from launcher.pools import find_pool
 from launcher.runs import Run, Status
-from tests.test_local_backend import until
+from tests.contract.grounds import until
 from tests.tiny import new_run, weights
 
-SETTINGS = {"train__epochs": 2, "train__batch_size": 16, "checkpoint__every_minutes": 0.02}
+SETTINGS: dict[str, Any] = {"train__epochs": 2, "train__batch_size": 16, "checkpoint__every_minutes": 0.02}
 
 
 def finish(local: Backend, run: Run) -> Run:
@@ -52,7 +54,7 @@ def worker_of(run: Run, chance: random.Random) -> psutil.Process | None:
 def kill(run: Run, times: int, victim: Callable[[int], psutil.Process | None], chance: random.Random) -> int:
     """Kills a process of the run at random moments of its training; how often it came to that before the end."""
     events, starts, killed = Lines(run.store, "progress.jsonl"), 0, 0
-    local = backend("local")
+    local = backend(find_pool("local"))
     pause = threading.Event()
     while killed < times:
         began = starts
@@ -74,7 +76,7 @@ def kill(run: Run, times: int, victim: Callable[[int], psutil.Process | None], c
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_run_whose_processes_are_killed_ends_as_if_nothing_had_happened(tmp_path: Path, workers: int) -> None:
-    local, chance = backend("local"), random.Random(workers)
+    local, chance = backend(find_pool("local")), random.Random(workers)
     whole = new_run(tmp_path, "whole", **SETTINGS, resources__workers=workers)
     local.submit(whole)
     finish(local, whole)
@@ -91,7 +93,7 @@ def test_a_run_whose_processes_are_killed_ends_as_if_nothing_had_happened(tmp_pa
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("workers", [1, 2])
 def test_twenty_kills_in_a_row_change_nothing(tmp_path: Path, workers: int) -> None:
-    local, chance = backend("local"), random.Random(20 + workers)
+    local, chance = backend(find_pool("local")), random.Random(20 + workers)
     settings = SETTINGS | {"train__epochs": 30}
     whole = new_run(tmp_path, "whole", **settings, resources__workers=workers)
     local.submit(whole)
