@@ -28,8 +28,8 @@ OLDEST_OPERATOR = (1, 6)
 
 NEEDED: tuple[tuple[Kind, str, str, str], ...] = (
     (api.RAY_JOBS, "create get list watch delete", "", "start, watch and end runs"),
-    (api.RAY_CLUSTERS, "get list watch", "", "see where a run stands"),
-    (api.PODS, "get list watch", "", "see where a run stands"),
+    (api.RAY_CLUSTERS, "list watch", "", "see where a run stands"),
+    (api.PODS, "list watch", "", "see where a run stands"),
     (api.EVENTS, "list watch", "", "say why a run waits"),
     (api.CONFIG_MAPS, "create get list patch delete", "", "hand over the spec, find pools"),
     (api.PODS, "get", "log", "say why a container crashed"),

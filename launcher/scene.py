@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 
 from launcher.cluster import EVENTS, NODES, PODS, RAY_CLUSTERS, RAY_JOBS, WORKLOADS, Cluster, Object
@@ -35,6 +36,14 @@ def nodes(cluster: Cluster) -> list[Object] | None:
         return cluster.objects(NODES)
     except SiteError:
         return None
+
+
+def crashed(scene: Scene) -> Iterator[tuple[Object, Object]]:
+    """The containers that crash again and again, each as (pod, container status)."""
+    for pod in scene.pods:
+        for status in (pod.get("status") or {}).get("containerStatuses") or []:
+            if ((status.get("state") or {}).get("waiting") or {}).get("reason") == "CrashLoopBackOff":
+                yield pod, status
 
 
 class Watcher:

@@ -22,7 +22,7 @@ from launcher.errors import InfrastructureError, LaunchError, SiteError, UserErr
 from launcher.labels import RUN_LABEL
 from launcher.runs import Owner, Run, State, Status
 from tests.contract.grounds import until
-from tests.kube.kubelet import image_pull_failure, unschedulable_pod
+from tests.kube.kubelet import crash_loop, image_pull_failure, unschedulable_pod
 from tests.kube.site import NAMESPACE, Site
 from tests.tiny import new_run
 
@@ -217,6 +217,20 @@ def test_a_waiting_run_says_why_and_what_to_do_to_a_fresh_client_and_to_one_that
     site.kubelet.play("worker", image_pull_failure())
     until(lambda: "cannot be pulled" in watching.status(run).reason)
     assert watching.status(run).status is Status.STARTING
+
+
+def test_a_crashing_container_is_told_with_its_last_words(site: Site) -> None:
+    site.kubelet.play("head", crash_loop())
+    run = submitted(site)
+    until(lambda: bool(site.pods("run", "head")))
+    head = site.pods("run", "head")[0]
+    site.api.log(NAMESPACE, head, "Traceback\nModuleNotFoundError: No module named 'ray'\n")
+    site.api.open_log(NAMESPACE, head, "ray-head")  # the next life: what was said is of the previous one
+    watching = engine(site)
+    until(lambda: "ModuleNotFoundError: No module named 'ray'" in watching.status(run).reason)
+    asked = [request.path for request in site.api.requests if request.path.endswith("/log")]
+    watching.status(run)
+    assert [request.path for request in site.api.requests if request.path.endswith("/log")] == asked
 
 
 def test_a_run_whose_head_was_lost_recovers_and_one_whose_driver_is_silent_too(site: Site) -> None:

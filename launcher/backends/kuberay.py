@@ -13,12 +13,12 @@ from dataclasses import replace
 from launcher.backends import runs_of, stored_logs
 from launcher.cluster import CONFIG_MAPS, RAY_JOBS, Cluster, ConflictError, Object
 from launcher.diagnose import Scene, Verdict, diagnose
-from launcher.errors import InfrastructureError, LaunchError, NotFinishedError, SiteError, UserError
+from launcher.errors import InfrastructureError, LaunchError, NotFinishedError, SiteError, UserError, printable
 from launcher.labels import RUN_LABEL, STORAGE_NOTE
 from launcher.manifest import Submission
 from launcher.pools import Pool
 from launcher.runs import Run, State, Status
-from launcher.scene import Watcher, look
+from launcher.scene import Watcher, crashed, look
 
 GONE_SECONDS = 60.0
 """How long an old RayJob may take to go."""
@@ -34,6 +34,7 @@ class KubeRayBackend:
         self.pool = pool
         self.cluster = cluster
         self._watchers: dict[str, Watcher | None] = {}
+        self._last_words: dict[tuple[str, int], str] = {}
 
     # -- submitting
 
@@ -112,7 +113,8 @@ class KubeRayBackend:
         state = run.state()
         if state.status.final:
             return state
-        verdict = diagnose(self._scene(run.name), time.time())
+        scene = self._scene(run.name)
+        verdict = self._with_last_words(scene, diagnose(scene, time.time()))
         if verdict.status.final:
             # What the run recorded itself is the better word, and it came before its cluster went.
             recorded = run.state()
@@ -128,6 +130,22 @@ class KubeRayBackend:
         if watcher is None:
             watcher = self._watchers[name] = Watcher(self.cluster, name)
         return watcher.scene()
+
+    def _with_last_words(self, scene: Scene, verdict: Verdict) -> Verdict:
+        """The verdict with what a crashing container said last; asked once for each of its deaths."""
+        for pod, status in crashed(scene):
+            key = (pod["metadata"]["uid"], int(status.get("restartCount") or 0))
+            if key not in self._last_words:
+                try:
+                    log = self.cluster.pod_log(pod["metadata"]["name"], status["name"], previous=True)
+                except LaunchError:  # a reason without it is better than none
+                    continue
+                lines = [line.strip() for line in log.splitlines() if line.strip()]
+                self._last_words[key] = printable(lines[-1])[:200] if lines else ""
+            said = self._last_words[key]
+            if said and verdict.reason and "crash" in verdict.reason:
+                return replace(verdict, reason=f"{verdict.reason}: {said}")
+        return verdict
 
     def _settle(self, run: Run, state: State, verdict: Verdict) -> State:
         """Records an end that the cluster knows and the run could not write down."""

@@ -1,0 +1,95 @@
+"""Kill -9 of a head, of a worker and of the client, on the emulated cluster with real Ray: nothing is lost or left."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from launcher.backends import Backend
+from launcher.journal import Lines
+from launcher.runs import Run, Status
+from tests.contract.grounds import OnCluster, ended, planned, training, until
+from tests.kube.site import NAMESPACE, POOL, Site, processes
+from tests.tiny import SETTINGS, weights
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+
+LENGTH = {"train__epochs": 16, "train__batch_size": 32, "checkpoint__every_minutes": 0.02, "resources__workers": 2}
+
+
+@pytest.fixture
+def site(tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
+    with Site(tmp_path, f"{bucket}/runs", processes) as made:
+        monkeypatch.setenv("KUBECONFIG", str(made.kubeconfig))
+        yield made
+
+
+@pytest.fixture
+def ground(site: Site) -> OnCluster:
+    return OnCluster(site.pool())
+
+
+@pytest.fixture
+def engine(ground: OnCluster) -> Backend:
+    return ground.backend()
+
+
+def undisturbed(ground: OnCluster, engine: Backend) -> Run:
+    run = planned(ground, "whole", **LENGTH)
+    engine.submit(run)
+    assert ended(engine, run, 600).status is Status.SUCCEEDED
+    until(lambda: not ground.holds(run), 120)
+    return run
+
+
+def assert_equal(broken: Run, whole: Run) -> None:
+    assert weights(broken) == weights(whole)
+    assert broken.metrics()["final"] == whole.metrics()["final"]
+
+
+def test_a_run_that_lost_a_worker_and_its_head_ends_as_if_nothing_had_happened(
+    site: Site, ground: OnCluster, engine: Backend
+) -> None:
+    whole = undisturbed(ground, engine)
+    broken = planned(ground, "broken", **LENGTH)
+    engine.submit(broken)
+    until(training(broken, step=10), 300)
+    worker = site.pods("broken", "worker")[0]
+    until(lambda: site.kubelet.kill(worker, signal.SIGKILL, match="RayTrainWorker") > 0, 60)
+    again = training(broken, attempts=2)
+    until(again, 300)
+    site.kubelet.kill(site.pods("broken", "head")[0], signal.SIGKILL)
+    until(training(broken, attempts=3), 300)
+    assert ended(engine, broken, 600).status is Status.SUCCEEDED
+    assert broken.attempts() == 2, "a lost worker is the same attempt, a lost head another"
+    starts = [event["step"] for event in Lines(broken.store, "progress.jsonl").events() if event["event"] == "start"]
+    assert starts[0] == 0 < starts[1] <= starts[2], "it went on each time from a later checkpoint"
+    assert_equal(broken, whole)
+    until(lambda: not ground.holds(broken), 120)
+    assert [
+        pod["metadata"]["name"] for pod in site.api.list("pods", NAMESPACE) if pod["status"]["phase"] == "Running"
+    ] == []
+
+
+def test_a_client_killed_right_after_it_submitted_is_not_missed(site: Site, ground: OnCluster, engine: Backend) -> None:
+    whole = undisturbed(ground, engine)
+    flags = [f"--set={key}={value}" for key, value in SETTINGS.items() if key != "data.uri"]
+    flags += [f"--set={key.replace('__', '.')}={value}" for key, value in LENGTH.items()]
+    words = ["--cluster", POOL, "--data", SETTINGS["data.uri"], "--name", "alone", *flags]
+    client = subprocess.Popen(
+        [sys.executable, "-m", "launcher", *words], env=os.environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    until(lambda: site.api.get("rayjobs", NAMESPACE, "alone") is not None, 60, every=0.001)
+    client.kill()
+    client.wait()
+    alone = Run(site.storage, "alone")
+    assert ended(engine, alone, 600).status is Status.SUCCEEDED
+    assert_equal(alone, whole)
+    until(lambda: not ground.holds(alone), 120)
+    assert site.kubelet.gpus_in_use() == 0
