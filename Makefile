@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-slow lint clean
+.PHONY: setup demo demo-cluster test test-slow lint clean
 
 # The stamp is newer than the pins as long as nothing has to be installed.
 setup: .venv/.installed
@@ -15,6 +15,10 @@ setup: .venv/.installed
 
 demo: setup
 	$(BIN)/launch --data sample://digits
+
+# The same on an emulated Kubernetes cluster; `make demo-cluster KEEP=1` leaves it running for your own commands.
+demo-cluster: setup
+	$(BIN)/python -m tests.kube.demo $(if $(KEEP),--keep)
 
 test: setup
 	$(BIN)/pytest -m "not slow"

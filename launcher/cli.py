@@ -226,7 +226,10 @@ def _start(here: Run, pool: Pool, detach: bool, output: str) -> None:
     try:
         engine.submit(here)
     except KeyboardInterrupt:
-        manage.detached(here)
+        if pool.site is None:
+            manage.detached(here)
+        click.echo(f"\ninterrupted; launch status {here.name} says whether it was submitted", err=True)
+        sys.exit(Exit.INTERRUPTED)
     if detach:
         from launcher.show import typed
 

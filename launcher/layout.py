@@ -30,6 +30,7 @@ class Layout:
     cpus: int
     memory: int
     price_per_hour: float | None
+    currency: str
     max_seconds: int
     start_seconds: int
     idle_seconds: int
@@ -49,7 +50,7 @@ class Layout:
         return {
             "node_type": self.node_type.name, "spot": self.spot, "pods": self.pods, "workers_per_pod": self.workers,
             "gpus_per_pod": self.gpus, "cpus_per_pod": self.cpus, "memory_per_pod": self.memory,
-            "price_per_hour": self.price_per_hour, "max_hours": self.max_seconds / 3600,
+            "price_per_hour": self.price_per_hour, "currency": self.currency, "max_hours": self.max_seconds / 3600,
         }  # fmt: skip
 
 
@@ -77,8 +78,9 @@ def lay_out(spec: Spec, site: Site, spent: float = 0.0) -> Layout:
     gpus = per_pod if on_gpu else 0
     share = gpus / kind.gpus if on_gpu else per_pod * cpus / kind.cpus
     price = None if offer.price_per_hour is None else pods * share * offer.price_per_hour + site.head.price_per_hour
+    memory = math.floor(quantity(kind.memory) * min(share, 1.0))
     return Layout(
-        kind, spot, pods, per_pod, gpus, per_pod * cpus, math.floor(quantity(kind.memory) * min(share, 1.0)), price,
+        kind, spot, pods, per_pod, gpus, per_pod * cpus, memory, price, site.currency,
         _max_seconds(spec, price, spent), _seconds(spec.limits.start_minutes), _seconds(spec.limits.idle_minutes),
     )  # fmt: skip
 

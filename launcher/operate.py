@@ -87,7 +87,7 @@ def agree(plan: Plan, *, yes: bool) -> None:
     before_submit(plan.pool, _cluster(plan.pool))
     if yes or layout.most is None or layout.most <= site.confirm_above:
         return
-    cost = f"up to {layout.most:,.2f} {site.currency} ({layout.price_per_hour:,.2f} an hour)"
+    cost = f"up to {layout.most:,.2f} {layout.currency} ({layout.price_per_hour:,.2f} an hour)"
     if not sys.stdin.isatty():
         raise UserError(f"the run may cost {cost}, more than {site.confirm_above:,.2f}", where=plan.pool.name,
                         hint="--yes agrees, --max-cost or --max-hours caps it")  # fmt: skip

@@ -56,7 +56,6 @@ def prepare_resume(run: Run, draft: Draft, pool: Pool) -> tuple[Plan, dict[str, 
 
     Raises `UserError` for a change that would alter what was trained already.
     """
-    price = (run.plan().get("layout") or {}).get("price_per_hour") or 0.0
     # A run directory may have been moved: where it lies now is where it goes on.
     old = run.spec().flat() | {"storage": run.storage}
     given = dict(draft.origin)
@@ -65,7 +64,7 @@ def prepare_resume(run: Run, draft: Draft, pool: Pool) -> tuple[Plan, dict[str, 
         draft.values["resources.cpus_per_worker"] = None
     plan = resolve(draft.spec(), pool, facts=run.plan().get("facts", {}), given=given,
                    defaults={"name": run.name, "storage": run.storage}, model_facts=catalog.model_facts,
-                   spent=run.hours() * price)  # fmt: skip
+                   spent=run.spent())  # fmt: skip
     new = plan.spec.flat()
     changes = {key: (old[key], new[key]) for key in new if old[key] != new[key]}
     refused = [key for key in changes if not resumable(key) or key == "storage"]

@@ -268,6 +268,11 @@ class Run:
         spans = (max(record.get("ended") or 0, record.get("seen") or 0) - record.get("began", 0) for record in records)
         return float(sum(max(span, 0.0) for span in spans)) / 3600
 
+    def spent(self) -> float:
+        """What all attempts so far have cost, at the price an hour that was planned; 0 where there was none."""
+        price = (self.plan().get("layout") or {}).get("price_per_hour") or 0.0
+        return float(self.hours() * price) if price else 0.0
+
     def request_cancel(self, *, force: bool = False) -> None:
         """Asks whoever drives the run to save and stop, or with `force` to kill it."""
         self.store.write("cancel.json", _pretty({"time": time.time(), "force": force}))

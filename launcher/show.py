@@ -105,7 +105,7 @@ def layout_lines(plan: Plan, outlook: str, console: Console) -> None:
     kind = f"{layout.node_type.name} {'spot' if layout.spot else 'on demand'}"
     _row(console, "pods", f"{count(layout.pods, 'worker pod')} with {each} on {kind}, and a head; in {site.namespace}")
     hours = f"{layout.max_seconds / 3600:,.2f}".rstrip("0").rstrip(".")
-    price = f"{layout.price_per_hour:,.2f} {site.currency} an hour, at most {layout.most:,.2f}" if layout.most else ""
+    price = f"{layout.price_per_hour:,.2f} {layout.currency} an hour, at most {layout.most:,.2f}" if layout.most else ""
     _row(console, "cost", f"{price or 'the pool names no price; it runs'} in {hours} h, when it is ended")
     _row(console, "capacity", outlook)
 
@@ -190,6 +190,8 @@ def status_text(run: Run, state: State, console: Console) -> None:
         _row(console, "next", state.hint)
     _row(console, "data", spec.data.uri)
     _row(console, "model", f"{spec.model.name}, {count(epochs, 'epoch')}, attempt {state.attempt}")
+    if cost := run.spent():
+        _row(console, "cost", f"{cost:,.2f} {run.plan()['layout']['currency']} so far")
     steps = [event for event in Lines(run.store, "progress.jsonl").events() if event["event"] == "step"]
     if steps and not state.status.final:
         _row(console, "now", step_line(steps[-1], epochs))

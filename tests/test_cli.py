@@ -7,7 +7,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -505,6 +507,17 @@ def test_names_are_completed(run: Run, storage: Path) -> None:
     context = main.make_context("launch", ["status", run.name])
     assert manage._complete(context, "f") == ["first", "fourth"]
     assert manage._complete(context, "fi") == ["first"]
+
+
+def test_logs_begin_so_long_ago(run: Run) -> None:
+    def stamp(seconds: float) -> str:
+        return datetime.fromtimestamp(time.time() - seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S.000Z")
+
+    lines = [f"{stamp(3600)} old", "old too", f"{stamp(60)} new", "  its traceback", f"{stamp(1)} newest"]
+    run.store.write("logs/rank-0.log", "\n".join(lines).encode() + b"\n")
+    shown = launch("logs", run.name, "--rank", "0", "--since", "5m").stdout.splitlines()
+    assert [line.split(" ", 1)[-1].strip() for line in shown] == ["new", "its traceback", "newest"]
+    told(launch("logs", run.name, "--since", "yesterday"), 2)
 
 
 # -- Ctrl-C

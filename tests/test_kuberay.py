@@ -243,6 +243,24 @@ def test_a_run_whose_head_was_lost_recovers_and_one_whose_driver_is_silent_too(s
     assert status(site, run).status is Status.RECOVERING
 
 
+def test_a_run_behind_others_in_a_queue_is_seen_there_and_starts_when_they_end(
+    tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Site(tmp_path, f"{bucket}/runs", speed=SPEED, queue="gpu-queue") as site:
+        site.controllers.enable_kueue(8, namespace=NAMESPACE)
+        monkeypatch.setenv("KUBECONFIG", str(site.kubeconfig))
+        first, second = submitted(site, "first"), planned(site, "second")
+        starts(site, first)
+        engine(site).submit(second)
+        watching = engine(site)
+        until(lambda: watching.status(second).status is Status.QUEUED and "quota" in watching.status(second).reason)
+        assert "launch cancel second" in watching.status(second).hint
+        assert not site.pods("second")
+        engine(site).cancel(first, force=True)
+        starts(site, second)
+        assert gpus(site) == 8
+
+
 def test_following_a_run_takes_a_handful_of_requests_and_survives_what_api_servers_do(site: Site) -> None:
     run = submitted(site)
     starts(site, run)

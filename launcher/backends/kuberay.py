@@ -40,9 +40,8 @@ class KubeRayBackend:
 
     def submit(self, run: Run) -> None:
         self._clear_the_way(run)
-        price = (run.plan().get("layout") or {}).get("price_per_hour") or 0.0
         order = Submission(
-            run.spec(), self.pool, run.plan(), run.uri, secrets.token_hex(4), spent=run.hours() * price
+            run.spec(), self.pool, run.plan(), run.uri, secrets.token_hex(4), spent=run.spent()
         )  # fmt: skip
         job = order.ray_job()
         # Says what the operator's schema, the quota and the policies of the namespace make of it, before anything is.
