@@ -45,7 +45,7 @@ class KubeRayBackend:
         )  # fmt: skip
         job = order.ray_job()
         # Says what the operator's schema, the quota and the policies of the namespace make of it, before anything is.
-        self.cluster.create(RAY_JOBS, job, dry_run=True)
+        self._create(job, order, dry_run=True)
         run.clear_cancel()
         run.update(status=Status.PENDING, reason="", hint="", error=None, ended=None, submitted=time.time())
         self.cluster.create(CONFIG_MAPS, order.config_map())
@@ -63,10 +63,10 @@ class KubeRayBackend:
         self.cluster.patch(CONFIG_MAPS, order.config_name, {"metadata": {"ownerReferences": [owner]}})
         self._watchers.pop(run.name, None)
 
-    def _create(self, job: Object, order: Submission) -> Object:
+    def _create(self, job: Object, order: Submission, *, dry_run: bool = False) -> Object:
         name = job["metadata"]["name"]
         try:
-            return self.cluster.create(RAY_JOBS, job)
+            return self.cluster.create(RAY_JOBS, job, dry_run=dry_run)
         except ConflictError as error:
             raise self._taken(name) from error
         except InfrastructureError:
@@ -192,6 +192,7 @@ class KubeRayBackend:
         if job is not None:
             self._remove(job)
         if not final:
+            run.release()  # whoever held it is gone with its pod
             reason = "it was killed" if force else "it was cancelled before it trained"
             run.update(status=Status.CANCELLED, reason=reason, hint="", error=None, ended=time.time())
         run.clear_cancel()
