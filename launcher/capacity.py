@@ -23,10 +23,11 @@ class Free:
 
 
 def free_nodes(
-    nodes: Iterable[dict[str, Any]], pods: Sequence[dict[str, Any]], kind: NodeType, gpu_resource: str
-) -> list[Free]:
-    """The ready nodes of a type, as it is offered in any way, less what runs on them."""
-    offers = [offer for offer in (kind.on_demand, kind.spot) if offer is not None]
+    nodes: Iterable[dict[str, Any]], pods: Sequence[dict[str, Any]], kind: NodeType, gpu_resource: str,
+    only: Offer | None = None,
+) -> list[Free]:  # fmt: skip
+    """The ready nodes of a type, as it is offered in any way or in `only` one, less what runs on them."""
+    offers = [offer for offer in ((kind.on_demand, kind.spot) if only is None else (only,)) if offer is not None]
     found = []
     for node in nodes:
         if not _ready(node) or not any(_selects(kind, offer, node) for offer in offers):

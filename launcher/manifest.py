@@ -31,6 +31,8 @@ from launcher.spec import Spec
 
 CONFIG_PATH = "/etc/raylaunch"
 CACHE_PATH = "/cache"
+KEEP = {"cluster-autoscaler.kubernetes.io/safe-to-evict": "false", "karpenter.sh/do-not-disrupt": "true"}
+"""Keeps an autoscaler from moving pods to save a node."""
 TTL_SECONDS = 30
 """How long the pods of an ended run stay, for whoever wants to look into one."""
 WORKER_GRACE_SECONDS = 60
@@ -166,13 +168,12 @@ def _head(order: Submission) -> dict[str, Any]:
     pod = _pod(order, container, Offer(node_selector=site.head.node_selector, tolerations=site.head.tolerations))
     # A head that comes back in the same pod has forgotten its job; a new pod may find a healthier node.
     pod["restartPolicy"] = "Never"
-    keep = {"cluster-autoscaler.kubernetes.io/safe-to-evict": "false", "karpenter.sh/do-not-disrupt": "true"}
     return {
         "serviceType": "ClusterIP",
         # The driver runs here; workers must not.
         "rayStartParams": {"num-cpus": "0", "num-gpus": "0"},
         "template": {
-            "metadata": {"labels": order.labels("head"), "annotations": keep},
+            "metadata": {"labels": order.labels("head"), "annotations": KEEP},
             "spec": pod,
         },
     }
@@ -201,7 +202,7 @@ def _workers(order: Submission) -> dict[str, Any]:
         "maxReplicas": layout.pods,
         "numOfHosts": 1,
         "rayStartParams": {"num-cpus": str(layout.cpus)} | ({"num-gpus": str(layout.gpus)} if layout.gpus else {}),
-        "template": {"metadata": {"labels": order.labels("worker")}, "spec": pod},
+        "template": {"metadata": {"labels": order.labels("worker"), "annotations": KEEP}, "spec": pod},
     }
 
 

@@ -47,7 +47,8 @@ def _dumper() -> Any:
     import yaml
 
     class Dumper(yaml.SafeDumper):
-        pass
+        def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002 - PyYAML's signature
+            return True
 
     def text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
         return dumper.represent_scalar("tag:yaml.org,2002:str", value, style="|" if "\n" in value else None)
@@ -71,7 +72,7 @@ def show_outlook(plan: Plan) -> None:
         site = plan.pool.site
         assert site is not None
         nodes, pods = cluster.objects(NODES), cluster.objects(PODS, everywhere=True)
-        free = free_nodes(nodes, pods, plan.layout.node_type, site.gpu_resource)
+        free = free_nodes(nodes, pods, plan.layout.node_type, site.gpu_resource, plan.layout.offer)
     except SiteError:  # reading all nodes and pods is more than most may do
         pass
     show.layout_lines(plan, outlook(free, plan.layout), console())

@@ -178,16 +178,22 @@ class _Rules:
         self.choose("resources.gpus_per_worker", min(pool.gpus, 1), f"{where} has {count(pool.gpus, 'GPU')}")
         on_gpu = self["resources.gpus_per_worker"] > 0
         batch = self["train.batch_size"]
-        busy = max(1, batch // self["train.accumulate"]) if batch else pool.gpus
+        allowed = pool.site.limits.max_gpus if pool.site else None
+        usual = min(pool.gpus, allowed or pool.gpus)
+        busy = max(1, batch // self["train.accumulate"]) if batch else usual
         if not on_gpu:
             self.choose("resources.workers", 1, "one process uses all cores best")
-        elif busy < pool.gpus:
+        elif busy < usual:
             self.choose("resources.workers", busy, f"a batch of {batch} has no work for more")
         else:
             of_node = " of a node" if pool.nodes > 1 else ""
-            self.choose("resources.workers", max(1, pool.gpus), f"one for each GPU{of_node}")
+            why = (
+                f"one for each GPU{of_node}"
+                if usual == pool.gpus
+                else f"{pool.name} allows {count(usual, 'GPU')} a run"
+            )
+            self.choose("resources.workers", max(1, usual), why)
         workers, gpus = self["resources.workers"], pool.gpus * pool.nodes
-        allowed = pool.site.limits.max_gpus if pool.site else None
         if on_gpu and workers > min(gpus, allowed or gpus):
             fewer = f"--workers {min(gpus, allowed or gpus)}, or " if gpus else ""
             has = f"allows {count(allowed, 'GPU')} a run" if allowed and allowed < gpus else f"has {count(gpus, 'GPU')}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -96,6 +97,11 @@ def _in_files(place: Place) -> dict[str, Callable[[], Site]]:
         raise UserError(f"not valid YAML: {str(error).splitlines()[0]}", where=str(path), hint="mend it") from None
     if not isinstance(document, dict):
         raise UserError("a pool file is a mapping from names to pools", where=str(path), hint="docs/cluster.md has one")
+
+    for name in document:
+        if not re.fullmatch(r"[a-z0-9]([-a-z0-9.]{0,61}[a-z0-9])?", str(name)):
+            raise UserError(f"{name!r} cannot be the name of a pool", where=str(path),
+                            hint="write up to 63 of a-z, 0-9, - and .")  # fmt: skip
 
     def read(name: str) -> Site:
         site = site_from(document[name], f"{path}: {name}")

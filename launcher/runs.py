@@ -213,8 +213,11 @@ class Run:
             if not self.exists():
                 raise self._missing()
             return State(Status.PENDING, reason="nothing has started yet")
-        document.pop("schema", None)
-        return State(**{**document, "status": Status(document["status"])})
+        try:
+            return State(**{key: value for key, value in document.items() if key not in ("schema", "status")},
+                         status=Status(document["status"]))  # fmt: skip
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
+            raise self._damaged("state.json", error) from error
 
     def set_state(self, state: State) -> None:
         self.store.write("state.json", _pretty({"schema": SCHEMA, **asdict(state)}))
@@ -313,8 +316,11 @@ class Run:
         except FileNotFoundError:
             return None
         except ValueError as error:
-            raise SiteError(f"the file is damaged: {error}", where=f"{self.uri}/{key}",
-                            hint="restore it, or delete the run") from error  # fmt: skip
+            raise self._damaged(key, error) from error
+
+    def _damaged(self, key: str, error: Exception) -> SiteError:
+        return SiteError(f"the file is damaged: {error}", where=f"{self.uri}/{key}",
+                         hint="restore it, or delete the run")  # fmt: skip
 
     def _missing(self) -> NotFoundError:
         close = nearest(self.name, open_store(self.storage).folders())

@@ -113,7 +113,7 @@ class Clocks(_Part):
     """The limits of every run on the pool; a spec may ask for less."""
 
     max_gpus: int | None = Field(default=None, ge=1)
-    max_hours: float = Field(default=24.0, gt=0)
+    max_hours: float = Field(default=24.0, gt=0, le=24 * 365)
     start_minutes: float = Field(default=30.0, gt=0)
     idle_minutes: float = Field(default=30.0, gt=0)
 

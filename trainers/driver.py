@@ -21,7 +21,7 @@ from launcher.journal import Journal
 from launcher.runs import STRIKES, Run, Status, checkpoint_steps
 from launcher.spec import Spec
 from launcher.storage import cache_folder
-from trainers.lease import Lease, wait_for_others
+from trainers.lease import NOT_BEGUN, Lease, wait_for_others
 from trainers.ranklog import UtcFormatter, process_log
 
 log = logging.getLogger(__name__)
@@ -68,8 +68,12 @@ class Driver:
         """Runs the attempt to its end and records it; returns the exit code."""
         if _supervised():
             return self._attempt(self._begin())
-        wait_for_others(self.run)
-        record = self._begin()
+        try:
+            wait_for_others(self.run)
+            record = self._begin()
+        except LaunchError:
+            log.exception("the attempt cannot begin now")
+            return NOT_BEGUN
         try:
             with Lease(self.run, self.number, record):
                 return self._attempt(record)

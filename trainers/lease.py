@@ -19,6 +19,9 @@ from launcher.runs import LEASE_SECONDS, Owner, Run
 log = logging.getLogger(__name__)
 
 EVERY_SECONDS = 15.0
+NOT_BEGUN = 75
+"""Exit code of a driver that could not take an attempt and recorded nothing: storage away, or another drives (sysexits'
+EX_TEMPFAIL)."""
 
 
 def wait_for_others(run: Run) -> None:
@@ -40,7 +43,10 @@ class Lease:
         self._thread = threading.Thread(target=self._confirm, daemon=True, name="lease")
 
     def __enter__(self) -> Lease:
-        self._hold()
+        try:
+            self._hold()
+        except LaunchError as error:  # the attempt's number is taken, which is what keeps others out
+            log.warning("the lease was not confirmed: %s", error)
         self._thread.start()
         return self
 

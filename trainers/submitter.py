@@ -19,10 +19,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from launcher.errors import BugError, InfrastructureError, LaunchError, NeverStartedError
+from launcher.errors import BugError, Exit, InfrastructureError, LaunchError, NeverStartedError
 from launcher.journal import Journal, open_journal
 from launcher.runs import STRIKES, Run, State, Status
 from launcher.spec import Spec
+from trainers.lease import NOT_BEGUN
 
 POLL_SECONDS = 2.0
 ANSWER_SECONDS = 30.0
@@ -221,6 +222,12 @@ class Submitter:
             return False
         code = info.driver_exit_code
         said = str(info.message or "").strip()
+        if code == Exit.NOT_FINISHED:
+            self.tell("another attempt of the run has taken over: it is no longer ours")
+            return True
+        if code == NOT_BEGUN:
+            self._ask(lambda jobs: jobs.delete_job(self.job))
+            return self._submit("the driver could not begin")
         if code is not None and 0 <= code < 128:
             # A driver ends by itself only after it has recorded why.
             last = next((line for line in reversed(said.splitlines()) if line.strip()), "")
