@@ -58,8 +58,8 @@ def test_what_a_resumed_run_may_change_is_this_list() -> None:
     assert [key for key in fields() if resumable(key)] == [
         "data.max_bad_fraction", "train.epochs", "train.early_stop", "resources.workers", "resources.cpus_per_worker",
         "resources.gpus_per_worker", "resources.node_type", "resources.spot", "resources.priority", "limits.max_hours",
-        "limits.max_cost", "limits.start_minutes", "limits.idle_minutes", "checkpoint.every_minutes", "checkpoint.every_epochs", "checkpoint.keep",
-        "storage",
+        "limits.max_cost", "limits.start_minutes", "limits.idle_minutes", "checkpoint.every_minutes",
+        "checkpoint.every_epochs", "checkpoint.keep", "storage",
     ]  # fmt: skip
 
 
