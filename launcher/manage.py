@@ -20,7 +20,6 @@ import click
 
 from launcher.errors import (
     Exit,
-    InfrastructureError,
     LaunchError,
     NotFinishedError,
     NotFoundError,
@@ -189,16 +188,11 @@ def logs(name: str, follow: bool, rank: int | None, since: float | None, tail: i
         tell(source, line)
     if follow:
         pause = 2.0 if here.uri.startswith("s3://") else 0.5
-        while True:
-            # The storage may be away for a while; what was read so far is not read again.
-            with suppress(InfrastructureError):
-                for source, line in lines:
-                    if source:
-                        tell(source, line)
-                    else:
-                        time.sleep(pause)
-                break
-            time.sleep(pause)
+        for source, line in lines:
+            if source:
+                tell(source, line)
+            else:
+                time.sleep(pause)
         sys.exit(engine.status(here).status.exit_code)
 
 

@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -135,6 +135,28 @@ def test_a_cancelled_run_is_resumed_on_its_pool(site: Site) -> None:
     assert job["spec"]["activeDeadlineSeconds"] == 3600
     assert run.state().status is Status.PENDING
     assert "first is" in launch("resume", "first", code=2).stderr
+
+
+def test_logs_are_followed_through_all_that_api_servers_and_pods_do(site: Site) -> None:
+    run = started(site)
+    log = run.store.append("logs/rank-0.log")
+    client = subprocess.Popen([sys.executable, "-u", "-m", "launcher", "logs", "first", "-f", "--rank", "0"],
+                              env=os.environ, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+    assert client.stdout is not None
+    troubles: list[Callable[[], object]] = [
+        lambda: None, site.api.compact, lambda: site.api.compact(open_watches=True), site.api.drop_connections,
+        site.api.stop, lambda: None, site.api.start,
+        lambda: site.api.delete("pods", NAMESPACE, site.pods("first", "head")[0], grace=0), lambda: None,
+    ]  # fmt: skip
+    for number, trouble in enumerate(troubles):
+        trouble()
+        log.write(b"line %d\n" % number)
+        log.flush()
+        assert client.stdout.readline() == f"line {number}\n"
+    log.close()
+    run.update(status=Status.SUCCEEDED, ended=1.0)
+    rest, _ = client.communicate(timeout=60)
+    assert (rest, client.returncode) == ("", 0)
 
 
 def test_ctrl_c_detaches_and_the_run_goes_on(site: Site) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
+from launcher.errors import InfrastructureError
 from launcher.journal import Lines
 from launcher.pools import Pool
 from launcher.runs import Run, State, all_runs
@@ -50,17 +51,32 @@ def runs_of(pool: str, storage: str) -> Iterator[Run]:
 
 
 def stored_logs(run: Run, over: Callable[[], bool], only: str = "") -> Iterator[tuple[str, str]]:
-    """The log lines in a run directory, as `Backend.logs` gives them; `over` says whether more can come."""
+    """The log lines in a run directory, as `Backend.logs` gives them; `over` says whether more can come.
+
+    A storage or a cluster that is away raises at the first look; later looks wait for it.
+    """
     readers: dict[str, Lines] = {}
+    started = False
     while True:
-        last = over()
-        for entry in run.store.list("logs/"):
-            source = entry.key.removeprefix("logs/").partition(".log")[0]
-            if not only or source == only:
-                readers.setdefault(source, Lines(run.store, f"logs/{source}.log"))
-        for source, lines in readers.items():
-            for line in lines.new():
-                yield source, line
+        added: list[tuple[str, str]] = []
+        last = False
+        try:
+            last = over()
+        except InfrastructureError:
+            if not started:
+                raise
+        try:
+            for entry in run.store.list("logs/"):
+                source = entry.key.removeprefix("logs/").partition(".log")[0]
+                if not only or source == only:
+                    readers.setdefault(source, Lines(run.store, f"logs/{source}.log"))
+            added = [(source, line) for source, lines in readers.items() for line in lines.new()]
+        except InfrastructureError:
+            if not started:
+                raise
+            last = False
+        started = True
+        yield from added
         if last:
             return
         yield "", ""
