@@ -88,7 +88,9 @@ def at(seconds: float) -> str:
 # -- RayJobs
 
 
-ENDED = {"endTime": at(0)}
+NOW = "now"
+"""Stands for the time at which the test runs, which is not that at which it is collected."""
+ENDED = {"endTime": NOW}
 REFUSED = "KubeRay refused it, and then does not clean up"
 STAYS = "it has ended, its pods are still there"
 LATE = "it is past its deadline; the KubeRay operator does not act"
@@ -101,9 +103,9 @@ DEADLINE = 36_645.0
     [
         ({}, LATER, ""),
         ({"jobDeploymentStatus": "Initializing"}, LATER, ""),
-        ({"jobDeploymentStatus": "Running", "startTime": at(0)}, DEADLINE + PATIENCE_SECONDS - 60, ""),
-        ({"jobDeploymentStatus": "Running", "startTime": at(0)}, DEADLINE + PATIENCE_SECONDS + 60, LATE),
-        ({"jobDeploymentStatus": "Initializing", "startTime": at(0)}, DEADLINE + PATIENCE_SECONDS + 60, LATE),
+        ({"jobDeploymentStatus": "Running", "startTime": NOW}, DEADLINE + PATIENCE_SECONDS - 60, ""),
+        ({"jobDeploymentStatus": "Running", "startTime": NOW}, DEADLINE + PATIENCE_SECONDS + 60, LATE),
+        ({"jobDeploymentStatus": "Initializing", "startTime": NOW}, DEADLINE + PATIENCE_SECONDS + 60, LATE),
         ({"jobDeploymentStatus": "Complete", **ENDED}, TTL_SECONDS + PATIENCE_SECONDS - 60, ""),
         ({"jobDeploymentStatus": "Complete", **ENDED}, TTL_SECONDS + PATIENCE_SECONDS + 60, STAYS),
         ({"jobDeploymentStatus": "Complete", "jobStatus": "STOPPED", **ENDED}, LATER, STAYS),
@@ -115,7 +117,7 @@ DEADLINE = 36_645.0
 def test_a_ray_job_that_holds_pods_when_it_should_not_is_a_leak(
     api: ApiServer, cluster: Cluster, status: dict[str, Any], after: float, why: str
 ) -> None:
-    job = submit(api, **status)
+    job = submit(api, **{key: at(0) if value == NOW else value for key, value in status.items()})
     found = leaks(cluster, after)
     assert found == ([Leak(RAY_JOBS, NAME, job["metadata"]["uid"], NAME, why, gpus=16)] if why else [])
 

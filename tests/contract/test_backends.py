@@ -104,6 +104,7 @@ def test_a_lost_driver_is_replaced_and_the_run_goes_on_from_its_last_checkpoint(
 ) -> None:
     run = started(**LONG, checkpoint__every_minutes=0.01)
     until(training(run, step=20), 300)
+    until(lambda: run.latest_step() > 0)
     ground.lose_driver(run)
     until(training(run, attempts=2), 300)
     until(lambda: engine.status(run).status is Status.RUNNING)
