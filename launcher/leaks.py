@@ -45,11 +45,14 @@ def find_leaks(cluster: Cluster, gpu_resource: str, now: float) -> list[Leak]:
         run = pod["metadata"]["labels"][RUN_LABEL]
         held[run] = held.get(run, 0) + round(requests(pod).get(gpu_resource, 0))
     uids = {item["metadata"]["uid"] for item in jobs.values()}
+    # One that was applied by hand has no owner, and is read all the same.
+    read = {name for job in jobs.values() for name in _config_maps(job)}
+    unread = [item for item in maps if item["metadata"]["name"] not in read]
     living = {run for run in (pod["metadata"]["labels"][RUN_LABEL] for pod in pods)}
     return [
         *_jobs(jobs, living, held, now),
         *_orphans(RAY_CLUSTERS, clusters, uids, "its RayJob is gone", held, now),
-        *_orphans(CONFIG_MAPS, maps, uids, "no RayJob owns it", {}, now),
+        *_orphans(CONFIG_MAPS, unread, uids, "no RayJob owns it", {}, now),
     ]
 
 
@@ -91,6 +94,14 @@ def _over(job: dict[str, Any], now: float) -> str:
         return ""
     late = state.ended is not None and now - state.ended > PATIENCE_SECONDS
     return f"the run is {state.status.lower()}, its pods are still there" if state.status.final and late else ""
+
+
+def _config_maps(job: dict[str, Any]) -> Iterator[str]:
+    """The ConfigMaps that the RayJob's submitter mounts."""
+    pod = (job["spec"].get("submitterPodTemplate") or {}).get("spec") or {}
+    for volume in pod.get("volumes") or []:
+        if "configMap" in volume:
+            yield volume["configMap"]["name"]
 
 
 def _orphans(

@@ -191,7 +191,7 @@ def test_a_config_map_of_a_client_that_was_lost_is_a_leak(api: ApiServer, cluste
 
 
 def test_an_owner_of_the_same_name_is_not_the_owner(api: ApiServer, cluster: Cluster) -> None:
-    """A run that was submitted again: its old RayCluster is not the new RayJob's."""
+    """A run that was submitted again: its old RayCluster is not the new RayJob's; what that one reads is in use."""
     old = submit(api)
     api.delete("rayjobs", "vision", NAME)
     patch_out(api, "rayjobs", NAME)
@@ -199,6 +199,9 @@ def test_an_owner_of_the_same_name_is_not_the_owner(api: ApiServer, cluster: Clu
     job["metadata"]["annotations"][STORAGE_NOTE] = "/nowhere"
     new = api.create("rayjobs", job)
     assert new["metadata"]["uid"] != old["metadata"]["uid"]
+    assert [leak.kind for leak in leaks(cluster)] == [RAY_CLUSTERS]
+    job["spec"]["submitterPodTemplate"]["spec"]["volumes"] = []
+    api.patch("rayjobs", "vision", NAME, {"spec": job["spec"]})
     assert [leak.kind for leak in leaks(cluster)] == [RAY_CLUSTERS, CONFIG_MAPS]
 
 
