@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from launcher.errors import SiteError
 from launcher.journal import Journal
 from launcher.runs import Run, Status
 from launcher.s3 import forget_s3_client
@@ -129,6 +130,25 @@ def test_a_storage_that_is_away_for_a_while_ends_nothing(
     assert run.state().status is Status.SUCCEEDED
     assert head.submissions == 2
     assert len(retries(run)) == 1
+
+
+def test_a_storage_that_refuses_is_waited_for_once_the_run_has_begun_and_not_before(run: Run, head: Dashboard) -> None:
+    """What credentials that expire look like; those that were never any good must not hold GPUs for hours."""
+    good = run.store.read("state.json")
+
+    def refuse() -> None:
+        run.store.write("state.json", b"{")
+
+    def relent() -> None:
+        run.store.write("state.json", good)
+
+    supervise(run, Time(nothing, refuse, *[nothing] * 100, relent, nothing, finish(run, head)))
+    assert run.state().status is Status.SUCCEEDED
+    assert head.submissions == 1
+    run.store.delete("submission.json")
+    refuse()
+    with pytest.raises(SiteError):
+        supervise(run, Time(), submission="b")
 
 
 # -- signs of progress

@@ -19,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from launcher.errors import BugError, Exit, InfrastructureError, LaunchError, NeverStartedError
+from launcher.errors import BugError, Exit, InfrastructureError, LaunchError, NeverStartedError, SiteError
 from launcher.journal import Journal, open_journal
 from launcher.runs import STRIKES, Run, State, Status
 from launcher.spec import Spec
@@ -133,6 +133,11 @@ class Submitter:
         try:
             return self._look()
         except (InfrastructureError, ConnectionError) as error:
+            return self._unreachable(str(error))
+        except SiteError as error:
+            # Credentials that expired may be renewed; a bucket that never let us in will not begin to.
+            if not self.memory["times"] or self.clock() - self.signed > self.idle_seconds:
+                raise
             return self._unreachable(str(error))
 
     def _look(self) -> bool:
