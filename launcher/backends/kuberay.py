@@ -9,6 +9,7 @@ import secrets
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 from launcher.backends import runs_of, stored_logs
 from launcher.cluster import CONFIG_MAPS, RAY_JOBS, Cluster, ConflictError, Object
@@ -24,6 +25,8 @@ GONE_SECONDS = 60.0
 """How long an old RayJob may take to go."""
 NEW_SECONDS = 60.0
 """A submission younger than this may be between the client's first request and its last."""
+STALE_SECONDS = 10.0
+"""How old a verdict on an unchanged scene may become: some sentences say for how long."""
 ENDED = ("Complete", "Failed", "ValidationFailed")
 
 
@@ -34,6 +37,7 @@ class KubeRayBackend:
         self.pool = pool
         self.cluster = cluster
         self._watchers: dict[str, Watcher | None] = {}
+        self._verdicts: dict[str, tuple[Any, Verdict]] = {}
         self._last_words: dict[tuple[str, int], str] = {}
 
     # -- submitting
@@ -113,7 +117,7 @@ class KubeRayBackend:
         if state.status.final:
             return state
         scene = self._scene(run.name)
-        verdict = self._with_last_words(scene, diagnose(scene, time.time()))
+        verdict = self._with_last_words(scene, self._diagnosed(run.name, scene))
         if verdict.status.final:
             # What the run recorded itself is the better word, and it came before its cluster went.
             recorded = run.state()
@@ -129,6 +133,18 @@ class KubeRayBackend:
         if watcher is None:
             watcher = self._watchers[name] = Watcher(self.cluster, name)
         return watcher.scene()
+
+    def _diagnosed(self, name: str, scene: Scene) -> Verdict:
+        """The verdict on a scene; one that has not changed is not judged again at every look.
+
+        Each waiting pod is compared with each node: measured, 2.6 s for 64 pods and 1,040 nodes.
+        """
+        seen = [scene.rayjob, scene.raycluster, scene.workload, *scene.pods, *scene.events, *(scene.nodes or ())]
+        now = time.time()
+        key = (now // STALE_SECONDS, *((item or {}).get("metadata", {}).get("resourceVersion") for item in seen))
+        if self._verdicts.get(name, (None,))[0] != key:
+            self._verdicts[name] = (key, diagnose(scene, now))
+        return self._verdicts[name][1]
 
     def _with_last_words(self, scene: Scene, verdict: Verdict) -> Verdict:
         """The verdict with what a crashing container said last; asked once for each of its deaths."""
