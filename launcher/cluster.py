@@ -7,9 +7,11 @@ forwarding. Requests go over its connection pool, so that any kind of object is 
 from __future__ import annotations
 
 import json
+import logging
 import os
-import socket
+import ssl
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar
 from urllib.parse import urlencode
@@ -49,6 +51,8 @@ REVIEWS = Kind("/apis/authorization.k8s.io/v1", "selfsubjectaccessreviews", name
 
 CONNECT_SECONDS = 5.0
 READ_SECONDS = 30.0
+LONGEST_PAUSE = 10.0
+"""However long a server asks for patience before the next try."""
 
 
 class ConflictError(LaunchError):
@@ -78,28 +82,31 @@ class Cluster:
         # The library reads the variable when it is imported, and never again.
         file = os.environ.get("KUBECONFIG") or "~/.kube/config"
         try:
-            contexts, current = config.list_kube_config_contexts(config_file=file)
-        except config.ConfigException as error:
+            contexts, current = _contexts(file)
+        except (config.ConfigException, OSError, ValueError) as error:
             if context is None and os.environ.get("KUBERNETES_SERVICE_HOST"):
                 return cls._within(namespace)
             raise SiteError(
                 f"there is no usable kubeconfig ({error})", where=file,
                 hint="set KUBECONFIG, or fetch one: aws eks update-kubeconfig --name CLUSTER",
             ) from None  # fmt: skip
-        names = [item["name"] for item in contexts]
-        if context is not None and context not in names:
-            close = nearest(context, names)
-            raise UserError(f"the kubeconfig has no context {context}" + (f"; {close}" if close else ""),
-                            where="--context", hint=f"it has {', '.join(names)}")  # fmt: skip
-        chosen = next((item for item in contexts if item["name"] == context), current)
+        chosen = current if context is None else context
+        if chosen not in contexts:
+            close = nearest(chosen, contexts)
+            what = f"the kubeconfig has no context {chosen}" if chosen else "the kubeconfig has no current context"
+            raise UserError(what + (f"; {close}" if close else ""), where="--context",
+                            hint=f"it has {', '.join(contexts) or 'none'}")  # fmt: skip
         configuration = client.Configuration()
         try:
-            config.load_kube_config(file, context, configuration, persist_config=False)
-        except config.ConfigException as error:
-            raise SiteError(f"the kubeconfig does not lead to a cluster: {error}", where=chosen["name"],
-                            hint=f"kubectl --context {chosen['name']} get pods says more") from None  # fmt: skip
-        default = chosen["context"].get("namespace") or "default"
-        return cls(client.ApiClient(configuration), namespace or default, chosen["name"])
+            with _complaints() as heard:
+                config.load_kube_config(file, chosen, configuration, persist_config=False)
+        except (config.ConfigException, OSError, ValueError) as error:
+            raise SiteError(f"the kubeconfig does not lead to a cluster: {error}", where=chosen,
+                            hint=f"kubectl --context {chosen} get pods says more") from None  # fmt: skip
+        if heard and not configuration.api_key and not configuration.cert_file:
+            raise SiteError(f"the command of the kubeconfig gives no credentials: {heard[-1]}", where=chosen,
+                            hint=f"install it, or log in; see kubectl --context {chosen} get pods")  # fmt: skip
+        return cls(client.ApiClient(configuration), namespace or contexts[chosen], chosen)
 
     @classmethod
     def _within(cls, namespace: str | None) -> Cluster:
@@ -133,35 +140,21 @@ class Cluster:
         found: list[Object] = []
         query = {"labelSelector": labels, "fieldSelector": fields, "limit": "500"}
         while True:
-            page = _json(self._request("GET", self._path(kind, everywhere=everywhere), query))
+            page = _json(self._request("GET", self._path(kind, everywhere=everywhere), query), "metadata")
             found += page.get("items") or []
             query["continue"] = page["metadata"].get("continue") or ""
             if not query["continue"]:
                 return found, page["metadata"].get("resourceVersion", "")
 
-    def watch(
-        self, kind: Kind, version: str, *, labels: str = "", fields: str = "", seconds: float
-    ) -> Iterator[tuple[str, Object]]:
-        """Changes since `version`, as (ADDED, MODIFIED or DELETED, object), for about so many seconds.
+    def watch(self, kind: Kind, version: str, *, labels: str = "", fields: str = "", seconds: float) -> Watch:
+        """Changes since `version`, for about so many seconds.
 
-        Raises `ExpiredError` when the server has forgotten that version, `InfrastructureError` when it went away.
+        Raises `ExpiredError` when the server has forgotten that version, here or while it is read.
         """
         query = {"labelSelector": labels, "fieldSelector": fields, "resourceVersion": version, "watch": "true",
                  "allowWatchBookmarks": "true", "timeoutSeconds": str(round(seconds))}  # fmt: skip
         answer = self._request("GET", self._path(kind), query, read_seconds=seconds + 15, stream=True)
-        import urllib3
-
-        try:
-            for line in _lines(answer):
-                event = json.loads(line)
-                if event["type"] == "ERROR":
-                    raise self._error(event["object"].get("code", 500), event["object"], kind.plural)
-                yield event["type"], event["object"]
-        except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:
-            raise self._unreachable(error) from error
-        finally:
-            answer.release_conn()
-            answer.close()
+        return Watch(self, answer, kind)
 
     def create(self, kind: Kind, body: Object, *, dry_run: bool = False) -> Object:
         """Creates it, with every field known to the server; `ConflictError` if it is there already."""
@@ -203,22 +196,25 @@ class Cluster:
 
     def version(self) -> str:
         """The API server's version, as in v1.33.1."""
-        return str(_json(self._request("GET", "/version"))["gitVersion"])
+        return str(_json(self._request("GET", "/version"), "gitVersion")["gitVersion"])
 
-    def forward(self, pod: str, port: int) -> socket.socket:
-        """A connection to a port of a pod."""
-        from kubernetes import client
-        from kubernetes.stream import portforward
+    def serves(self, kind: Kind) -> bool:
+        """Whether this kind of object is known there at all."""
+        answer = self._request("GET", kind.base, missing_ok=True)
+        return answer is not None and any(item["name"] == kind.plural for item in _json(answer).get("resources") or [])
 
-        # The library replaces a method of the client meanwhile: it gets one of its own.
-        api = client.CoreV1Api(client.ApiClient(self._client.configuration))
+    def port_forward(self, pod: str, port: int) -> Any:
+        """A websocket to a port of a pod. Each message begins with its channel: 0 for data, 1 for errors."""
+        from kubernetes.stream import ws_client
+
+        url = ws_client.get_websocket_url(f"{self._host}{self._path(PODS, pod)}/portforward?ports={port}")
+        headers = {key.lower(): value for key, value in self._credentials().items()}
+        headers["sec-websocket-protocol"] = "v4.channel.k8s.io"
         try:
-            tunnel = portforward(api.connect_get_namespaced_pod_portforward, pod, self.namespace, ports=str(port))
-            connection: socket.socket = tunnel.socket(port)
+            return ws_client.create_websocket(self._client.configuration, url, headers)
         except Exception as error:  # the library raises what its websocket does
             raise InfrastructureError(f"no connection to port {port}: {error}", where=f"pod {pod}",
                                       hint="launch doctor; the pod may have gone") from error  # fmt: skip
-        return connection
 
     # -- requests
 
@@ -232,10 +228,7 @@ class Cluster:
     ) -> Any:  # fmt: skip
         import urllib3
 
-        headers = {"Accept": "application/json", "User-Agent": "raylaunch"}
-        auth = self._client.configuration.auth_settings().get("BearerToken")
-        if auth:
-            headers["Authorization"] = auth["value"]
+        headers = {"Accept": "application/json", "User-Agent": "raylaunch", **self._credentials()}
         if body is not None:
             headers["Content-Type"] = "application/merge-patch+json" if method == "PATCH" else "application/json"
         kept = {key: value for key, value in (query or {}).items() if value}
@@ -253,8 +246,17 @@ class Cluster:
             raise self._error(answer.status, _document(answer), path)
         return answer
 
+    def _credentials(self) -> dict[str, str]:
+        auth = self._client.configuration.auth_settings().get("BearerToken")
+        return {"Authorization": auth["value"]} if auth else {}
+
     def _unreachable(self, error: Exception) -> LaunchError:
-        reason = str(getattr(error, "reason", None) or error).split(">: ")[-1]
+        cause = getattr(error, "reason", None) or error
+        for part in (cause, *cause.args):
+            if isinstance(part, ssl.SSLCertVerificationError):
+                return SiteError(f"the certificate of the API server is not trusted: {part.verify_message}",
+                                 where=self.where, hint="fetch the kubeconfig anew")  # fmt: skip
+        reason = str(cause).split(">: ")[-1]
         return InfrastructureError(f"the API server does not answer ({reason[:200]})", where=self.where,
                                    hint="check the network or VPN; runs in the cluster go on")  # fmt: skip
 
@@ -271,16 +273,81 @@ class Cluster:
             )
             return SiteError(message, where=self.where, hint=hint)
         if status == 404:
+            if (document.get("details") or {}).get("kind") == "namespaces":
+                return SiteError(f"there is no namespace {self.namespace}", where=self.where,
+                                 hint="--namespace names another; kubectl get namespaces lists them")  # fmt: skip
             return SiteError(f"the cluster does not know {path.rpartition('/')[2]} ({message})", where=self.where,
                              hint="launch doctor says what has to be installed")  # fmt: skip
         if status == 409:
             return ConflictError(message, where=self.where)
         if status == 410:
             return ExpiredError(message, where=self.where)
-        if status in (400, 422):
-            return SiteError(f"the cluster refuses the object: {message}", where=self.where,
+        if status < 500 and status not in (408, 429):
+            return SiteError(f"the cluster refuses the request: {message}", where=self.where,
                              hint="launch doctor compares the versions; --dry-run prints the object")  # fmt: skip
         return InfrastructureError(f"the API server answered {status}: {message}", where=self.where, hint="try again")
+
+
+class Watch:
+    """Changes as they happen: (ADDED, MODIFIED, DELETED or BOOKMARK, object). Another thread may close it."""
+
+    def __init__(self, cluster: Cluster, answer: Any, kind: Kind) -> None:
+        self._cluster, self._answer, self._kind = cluster, answer, kind
+
+    def __iter__(self) -> Iterator[tuple[str, Object]]:
+        import urllib3
+
+        try:
+            for line in _lines(self._answer):
+                event = json.loads(line)
+                if event["type"] == "ERROR":
+                    raise self._cluster._error(event["object"].get("code", 500), event["object"], self._kind.plural)
+                yield event["type"], event["object"]
+        except (urllib3.exceptions.HTTPError, OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+            raise self._cluster._unreachable(error) from error
+        finally:
+            # In this order: a connection with an unread rest must not serve the next request.
+            self._answer.close()
+            self._answer.release_conn()
+
+    def close(self) -> None:
+        """Ends it for whoever reads it, who gets an `InfrastructureError` if it was not at its end."""
+        with suppress(RuntimeError, ValueError, OSError):  # it was
+            self._answer.shutdown()
+
+
+def _contexts(file: str) -> tuple[dict[str, str], str]:
+    """The namespace of each context of the kubeconfig, and which is the current one."""
+    import yaml
+    from kubernetes.config.kube_config import KubeConfigMerger
+
+    try:
+        merged = KubeConfigMerger(file).config
+        if merged is None:
+            raise ValueError("there is no such file")
+        found = {item["name"]: item["context"].safe_get("namespace") or "default" for item in merged.value["contexts"]}
+    except yaml.YAMLError as error:
+        raise ValueError(f"not valid YAML: {str(error).splitlines()[0]}") from None
+    except (AttributeError, KeyError, TypeError):
+        raise ValueError("it is not a kubeconfig") from None
+    return found, merged.value.get("current-context") or ""
+
+
+@contextmanager
+def _complaints() -> Iterator[list[str]]:
+    """What the library only logs, such as that a command for credentials is not there."""
+    heard: list[str] = []
+
+    class Ear(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            heard.append(record.getMessage())
+
+    ear = Ear()
+    logging.getLogger().addHandler(ear)
+    try:
+        yield heard
+    finally:
+        logging.getLogger().removeHandler(ear)
 
 
 def _retries(method: str) -> Any:
@@ -288,22 +355,41 @@ def _retries(method: str) -> Any:
     import urllib3
 
     again = method != "POST"
-    return urllib3.Retry(
+
+    class Retries(urllib3.Retry):
+        RETRY_AFTER_STATUS_CODES = frozenset({413, 429, 503} if again else {429})
+
+        def increment(self, *args: Any, **kwargs: Any) -> Any:
+            # Whoever did not answer in half a minute is not asked three times more.
+            if isinstance(kwargs.get("error"), urllib3.exceptions.ReadTimeoutError):
+                raise kwargs["error"]
+            return super().increment(*args, **kwargs)
+
+        def get_retry_after(self, response: Any) -> float | None:
+            asked = super().get_retry_after(response)
+            return None if asked is None else min(asked, LONGEST_PAUSE)
+
+    return Retries(
         total=5, connect=3, read=3 if again else 0, status=4, other=0, backoff_factor=0.2, backoff_jitter=0.3,
         status_forcelist=(429, 500, 502, 503, 504) if again else (429,), allowed_methods=None,
         respect_retry_after_header=True, raise_on_status=False,
     )  # fmt: skip
 
 
-def _json(answer: Any) -> Object:
-    document: Object = json.loads(answer.data)
-    return document
+def _json(answer: Any, needs: str = "") -> Object:
+    try:
+        document = json.loads(answer.data)
+        if isinstance(document, dict) and (not needs or needs in document):
+            return document
+    except ValueError:
+        pass
+    raise InfrastructureError("what answers there is not an API server", hint="check the network, VPN or proxy")
 
 
 def _document(answer: Any) -> Object:
     try:
         return _json(answer)
-    except ValueError:
+    except LaunchError:
         return {"message": answer.data.decode("utf-8", "replace")[:300]}
 
 

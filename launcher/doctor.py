@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from launcher import __version__
 from launcher import cluster as api
 from launcher.capacity import free_nodes
-from launcher.cluster import Cluster, Kind
+from launcher.cluster import Cluster, Kind, Object
 from launcher.errors import LaunchError, SiteError
 from launcher.plan import count
 from launcher.pools import Pool
@@ -25,6 +25,9 @@ RAY_VERSION = "2.60.0"
 """What this version of raylaunch was tested with, and trains on."""
 OLDEST_OPERATOR = (1, 6)
 """KubeRay: `preRunningDeadlineSeconds`, without which a run that finds no place waits for ever, came with 1.6.0."""
+
+HEAD_SECONDS = 900
+"""Time in which a new node comes up and pulls a large image."""
 
 NEEDED: tuple[tuple[Kind, str, str, str], ...] = (
     (api.RAY_JOBS, "create get list watch delete", "", "start, watch and end runs"),
@@ -136,8 +139,9 @@ def _operator(cluster: Cluster) -> Iterator[Check]:
     try:
         absent = [name for name in ("rayjobs.ray.io", "rayclusters.ray.io") if cluster.get(api.CRDS, name) is None]
     except SiteError:  # definitions are seldom readable; that the kind is served says the same
-        cluster.objects(api.RAY_JOBS, labels="raylaunch.dev/run=none")
-        absent = []
+        absent = [
+            f"{kind.plural}.{kind.group}" for kind in (api.RAY_JOBS, api.RAY_CLUSTERS) if not cluster.serves(kind)
+        ]
     if absent:
         yield Check("kuberay", False, f"the cluster does not know {', '.join(absent)}", install)
         return
@@ -160,6 +164,17 @@ def _operator(cluster: Cluster) -> Iterator[Check]:
                     f"kubectl -n {found[0]['metadata']['namespace']} get pods")  # fmt: skip
     else:
         yield Check("kuberay", True, f"the operator runs, {version[0][1:] if version else image}")
+        yield from _patience(found[0]["spec"]["template"]["spec"]["containers"][0])
+
+
+def _patience(operator: Object) -> Iterator[Check]:
+    """How long KubeRay waits for a lost head; by default less than a new node takes to come and pull an image."""
+    settings = {item["name"]: item.get("value", "") for item in operator.get("env") or []}
+    given = settings.get("RAYJOB_STATUS_CHECK_TIMEOUT_SECONDS", "")
+    seconds = int(given) if given.isdigit() else 300
+    if seconds < HEAD_SECONDS:
+        what = f"KubeRay gives a run up whose head is away for {seconds} s; a new node may take longer"
+        yield Check("recovery", None, what, "set RAYJOB_STATUS_CHECK_TIMEOUT_SECONDS=1800 on the kuberay-operator")
 
 
 def _image(site: Site) -> Iterator[Check]:
@@ -191,7 +206,10 @@ def _objects(cluster: Cluster, site: Site) -> Iterator[Check]:
         except SiteError:
             yield Check(what, None, f"you may not see {what} {name}")
             continue
-        if found is None:
+        if found is None and kind is api.LOCAL_QUEUES and not cluster.serves(kind):
+            yield Check(what, False, f"the pool names {what} {name}, but Kueue is not installed",
+                        "install Kueue, or the pool's owner leaves out queue in its ConfigMap")  # fmt: skip
+        elif found is None:
             yield Check(what, False, f"the pool names {what} {name}, which is not in {cluster.namespace}",
                         "the pool's owner makes it, or names another in the pool's ConfigMap")  # fmt: skip
         else:
@@ -203,7 +221,8 @@ def _quota(cluster: Cluster, site: Site) -> Iterator[Check]:
 
     key = f"requests.{site.gpu_resource}"
     for item in cluster.objects(api.QUOTAS):
-        hard, used = item["status"].get("hard") or {}, item["status"].get("used") or {}
+        status = item.get("status") or {}
+        hard, used = status.get("hard") or {}, status.get("used") or {}
         if key in hard:
             left = quantity(hard[key]) - quantity(used.get(key, 0))
             what = f"{left:g} of {quantity(hard[key]):g} GPUs are left in the quota {item['metadata']['name']}"

@@ -59,6 +59,11 @@ def find_leaks(cluster: Cluster, gpu_resource: str, now: float) -> list[Leak]:
 def remove(cluster: Cluster, leak: Leak) -> None:
     """Deletes it, and with it what it owns; not if another has taken its name meanwhile."""
     cluster.delete(leak.kind, leak.name, uid=leak.uid)
+    if leak.kind is RAY_JOBS:
+        # Without the operator the RayJob's finalizer keeps it, and so the cluster, which has the GPUs.
+        for item in cluster.objects(RAY_CLUSTERS, labels=f"{RUN_LABEL}={leak.run}"):
+            if leak.uid in _owners(item):
+                cluster.delete(RAY_CLUSTERS, item["metadata"]["name"], uid=item["metadata"]["uid"])
 
 
 def _jobs(jobs: dict[str, dict[str, Any]], living: set[str], held: dict[str, int], now: float) -> Iterator[Leak]:
@@ -71,7 +76,9 @@ def _jobs(jobs: dict[str, dict[str, Any]], living: set[str], held: dict[str, int
 def _overdue(job: dict[str, Any], now: float) -> str:
     """What the cluster itself says of a RayJob whose pods should have gone."""
     status, spec = job.get("status") or {}, job["spec"]
-    state = status.get("jobDeploymentStatus")
+    state, deleted = status.get("jobDeploymentStatus"), _time(job["metadata"].get("deletionTimestamp"))
+    if deleted and now - deleted > PATIENCE_SECONDS:
+        return "it was deleted; the KubeRay operator does not act"
     if state == "ValidationFailed":
         return "KubeRay refused it, and then does not clean up"
     if state in ("Complete", "Failed"):
@@ -109,11 +116,14 @@ def _orphans(
 ) -> Iterator[Leak]:
     for item in items:
         metadata = item["metadata"]
-        owners = {owner["uid"] for owner in metadata.get("ownerReferences") or []}
         young = now - _time(metadata["creationTimestamp"]) < 2 * PATIENCE_SECONDS
-        if not owners & uids and not young:
+        if not _owners(item) & uids and not young:
             run = metadata["labels"][RUN_LABEL]
             yield Leak(kind, metadata["name"], metadata["uid"], run, why, held.get(run, 0))
+
+
+def _owners(item: dict[str, Any]) -> set[str]:
+    return {owner["uid"] for owner in item["metadata"].get("ownerReferences") or []}
 
 
 def _alive(pod: dict[str, Any]) -> bool:

@@ -10,7 +10,7 @@ import random
 import threading
 from collections.abc import Callable
 
-from launcher.cluster import Cluster, ExpiredError, Kind, Object
+from launcher.cluster import Cluster, ExpiredError, Kind, Object, Watch
 from launcher.errors import LaunchError
 
 WATCH_SECONDS = 300.0
@@ -35,6 +35,7 @@ class Mirror:
         self._objects: dict[str, Object] = {}
         self._closed = threading.Event()
         self._listed = threading.Event()
+        self._watch: Watch | None = None
         self.trouble: LaunchError | None = None
         """Why the copies may be old, or None while the server answers."""
         self._thread = threading.Thread(target=self._run, daemon=True, name=f"mirror {kind.plural}")
@@ -50,8 +51,10 @@ class Mirror:
         return self._listed.wait(seconds)
 
     def close(self) -> None:
-        """Ends the watch; returns at once."""
+        """Ends the watch; returns at once, and the thread ends soon after."""
         self._closed.set()
+        if self._watch is not None:
+            self._watch.close()
 
     def _run(self) -> None:
         pause, version = PAUSE_SECONDS[0], ""
@@ -59,20 +62,26 @@ class Mirror:
             try:
                 if not version:
                     version = self._list()
-                for kind, item in self._cluster.watch(
+                self._watch = self._cluster.watch(
                     self._kind, version, labels=self._labels, fields=self._fields, seconds=WATCH_SECONDS
-                ):
-                    if self._closed.is_set():
-                        return
+                )
+                if self._closed.is_set():  # whoever closed this may not have seen the watch
+                    self._watch.close()
+                for kind, item in self._watch:
                     version = item["metadata"]["resourceVersion"]
                     pause = PAUSE_SECONDS[0]
                     self._take(kind, item)
-                self.trouble = None
+                pause, self.trouble = PAUSE_SECONDS[0], None
                 # A server that ends each watch at once must not be asked in a tight loop.
                 self._closed.wait(random.uniform(0.05, 0.2))
             except ExpiredError:
+                # So must not one that has forgotten what it has just told.
                 version = ""
+                self._closed.wait(pause * random.uniform(0.1, 0.2))
+                pause = min(2 * pause, PAUSE_SECONDS[1])
             except LaunchError as error:
+                if self._closed.is_set():
+                    return
                 version = ""  # the next list also tells that the server is back
                 with self._changed:
                     self.trouble = error

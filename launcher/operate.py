@@ -126,8 +126,10 @@ def _pool_rows(pool: Pool) -> list[dict[str, Any]]:
 
     site = pool.site
     assert site is not None
-    cluster, trouble = _cluster(pool), ""
+    place, trouble = "", ""
     try:
+        cluster = _cluster(pool)
+        place = cluster.where
         nodes, pods = cluster.objects(NODES), cluster.objects(PODS, everywhere=True)
     except LaunchError as error:
         nodes, pods, trouble = [], [], str(error)
@@ -139,7 +141,7 @@ def _pool_rows(pool: Pool) -> list[dict[str, Any]]:
             "pool": pool.name, "node_type": kind.name, "cpus": kind.cpus, "gpus": kind.gpus * kind.max_nodes,
             "free": None if trouble else sum(node.gpus for node in free), "gpu": kind.gpu_name,
             "nodes": None if trouble else len(free), "max_nodes": kind.max_nodes, "price_per_hour": offers[0],
-            "spot_price": offers[1], "where": cluster.where, "trouble": trouble,
+            "spot_price": offers[1], "where": place, "trouble": trouble,
         })  # fmt: skip
     return rows
 

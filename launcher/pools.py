@@ -73,13 +73,19 @@ def find_pool(name: str, place: Place = Place()) -> Pool:
 
 
 def cluster_pools(place: Place = Place()) -> Iterator[tuple[str, Pool | LaunchError]]:
-    """Every Kubernetes pool in reach by name, or what is wrong with its description."""
-    described = _in_cluster(place) | _in_files(place)
+    """Every Kubernetes pool in reach by name, or what is wrong with its description; raises what hides the rest."""
+    trouble, described = None, _in_files(place)
+    try:
+        described = _in_cluster(place) | described
+    except LaunchError as error:
+        trouble = error
     for name in sorted(described):
         try:
             yield name, Pool.of(name, described[name]())
         except LaunchError as error:
             yield name, error
+    if trouble is not None:
+        raise trouble
 
 
 def _in_files(place: Place) -> dict[str, Callable[[], Site]]:

@@ -9,7 +9,7 @@ from contextlib import suppress
 
 from launcher.cluster import EVENTS, NODES, PODS, RAY_CLUSTERS, RAY_JOBS, WORKLOADS, Cluster, Object
 from launcher.diagnose import Scene
-from launcher.errors import LaunchError, SiteError
+from launcher.errors import InfrastructureError, LaunchError, SiteError
 from launcher.labels import JOB_UID_LABEL, QUEUE_LABEL, RUN_LABEL
 from launcher.mirror import Mirror
 
@@ -65,8 +65,9 @@ class Watcher:
     def scene(self, seconds: float = 10.0) -> Scene:
         """The scene as last seen; raises what keeps it from being current, if nothing was seen for so many seconds."""
         for mirror in self._mirrors:
-            if not mirror.ready(seconds) and mirror.trouble:
-                raise mirror.trouble
+            if not mirror.ready(seconds):  # what was not seen is not gone
+                raise mirror.trouble or InfrastructureError("the API server is slow to answer",
+                                                            where=self._cluster.where, hint="try again")  # fmt: skip
         trouble = next((mirror.trouble for mirror in self._mirrors if mirror.trouble), None)
         if trouble is not None:
             raise trouble

@@ -6,6 +6,7 @@ import socket
 import threading
 from base64 import b64decode
 from contextlib import suppress
+from typing import Any
 
 from launcher.cluster import PODS, RAY_JOBS, SECRETS, Cluster
 from launcher.errors import InfrastructureError, LaunchError, NotFinishedError, UserError
@@ -25,6 +26,7 @@ class Tunnel:
             raise UserError(f"port {port} cannot be used: {error.strerror}", where="--port",
                             hint="another --port, or none for a free one") from None  # fmt: skip
         self.port: int = self._listener.getsockname()[1]
+        self._visitors: set[socket.socket] = set()
 
     @classmethod
     def to_dashboard(cls, cluster: Cluster, name: str, port: int) -> Tunnel:
@@ -48,25 +50,29 @@ class Tunnel:
             threading.Thread(target=self._carry, args=(visitor,), daemon=True).start()
 
     def close(self) -> None:
-        """Ends `serve`."""
-        with suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
+        """Ends `serve`, and all connections."""
+        for each in (self._listener, *self._visitors):
+            with suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
         self._listener.close()
 
     def _carry(self, visitor: socket.socket) -> None:
-        try:
-            pod = self._cluster.forward(self._head(), DASHBOARD)
-        except LaunchError as error:
-            body = f"{error}\n".encode()
-            visitor.sendall(b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
-            visitor.close()
-            return
-        back = threading.Thread(target=_pour, args=(pod, visitor), daemon=True)
-        back.start()
-        _pour(visitor, pod)
-        back.join()
-        visitor.close()
-        pod.close()
+        with visitor, suppress(OSError):
+            self._visitors.add(visitor)
+            try:
+                way = Way(self._cluster.port_forward(self._head(), DASHBOARD))
+            except LaunchError as error:
+                _refuse(visitor, error)
+                return
+            back = threading.Thread(target=_bring_back, args=(way, visitor), daemon=True)
+            back.start()
+            with suppress(OSError):
+                while data := visitor.recv(65536):
+                    way.send(data)
+            way.end()
+            back.join()
+            way.close()
+        self._visitors.discard(visitor)
 
     def _head(self) -> str:
         pods = self._cluster.objects(PODS, labels=f"{RUN_LABEL}={self._name},{ROLE_LABEL}=head")
@@ -77,10 +83,62 @@ class Tunnel:
         raise InfrastructureError("the run has no head now", where=self._name, hint=f"launch status {self._name}")
 
 
-def _pour(source: socket.socket, target: socket.socket) -> None:
-    """Everything that comes from one side goes to the other, until there is no more."""
+class Way:
+    """A connection to a port of a pod, over a websocket: what comes is read by one thread, sent by another."""
+
+    def __init__(self, websocket: Any) -> None:
+        self._websocket = websocket
+        self._begun: set[int] = set()
+
+    def receive(self) -> bytes:
+        """What came next, or nothing at the end; raises what the cluster says if there was no way to the port."""
+        import websocket
+
+        while True:
+            try:
+                kind, data = self._websocket.recv_data()
+            except (websocket.WebSocketException, OSError, ValueError, AttributeError):
+                return b""
+            if kind == websocket.ABNF.OPCODE_CLOSE:
+                return b""
+            channel, content = data[0], data[1:]
+            if channel not in self._begun:
+                self._begun.add(channel)  # the first message of each channel is the number of the port
+            elif channel == 1:
+                raise InfrastructureError(content.decode("utf-8", "replace"), hint="launch status says how the pod is")
+            elif content:
+                return bytes(content)
+
+    def send(self, data: bytes) -> None:
+        """Sends it; `OSError` if the other side has gone."""
+        import websocket
+
+        try:
+            self._websocket.send_binary(b"\0" + data)
+        except websocket.WebSocketException as error:
+            raise ConnectionError(str(error)) from error
+
+    def end(self) -> None:
+        """Nothing more comes or goes: wakes whoever reads."""
+        self._websocket.abort()
+
+    def close(self) -> None:
+        """Frees what it holds; nobody may be reading any more."""
+        self._websocket.shutdown()
+
+
+def _bring_back(way: Way, visitor: socket.socket) -> None:
+    """Everything that comes from the pod goes to the visitor, until there is no more; then the visitor is done."""
     with suppress(OSError):
-        while data := source.recv(65536):
-            target.sendall(data)
-    with suppress(OSError):
-        target.shutdown(socket.SHUT_WR)
+        try:
+            while data := way.receive():
+                visitor.sendall(data)
+        except LaunchError as error:
+            _refuse(visitor, error)
+        visitor.shutdown(socket.SHUT_RDWR)
+
+
+def _refuse(visitor: socket.socket, error: LaunchError) -> None:
+    body = f"{error}\n".encode()
+    head = "HTTP/1.1 502 Bad Gateway\r\nContent-Type: text/plain\r\nConnection: close\r\nContent-Length:"
+    visitor.sendall(f"{head} {len(body)}\r\n\r\n".encode() + body)

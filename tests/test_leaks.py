@@ -252,6 +252,6 @@ def test_a_removed_ray_job_takes_its_objects_along(api: ApiServer, cluster: Clus
     (leak,) = leaks(cluster, 0)
     api.requests.clear()
     remove(cluster, leak)
-    (request,) = [item for item in api.requests if item.verb == "delete"]
-    assert request.path.endswith(f"/namespaces/vision/rayjobs/{NAME}")
+    asked = [item.path.partition("/namespaces/")[2] for item in api.requests if item.verb == "delete"]
+    assert asked == [f"vision/rayjobs/{NAME}", f"vision/rayclusters/{NAME}-abcde"]
     assert cluster.objects(PODS), "the garbage collector's, in the background"

@@ -44,7 +44,7 @@ def undisturbed(ground: OnCluster, engine: Backend) -> Run:
     run = planned(ground, "whole", **LENGTH)
     engine.submit(run)
     assert ended(engine, run, 600).status is Status.SUCCEEDED
-    until(lambda: not ground.holds(run), 120)
+    until(lambda: not ground.holds(run), 240)
     return run
 
 
@@ -71,7 +71,7 @@ def test_a_run_that_lost_a_worker_and_its_head_ends_as_if_nothing_had_happened(
     starts = [event["step"] for event in Lines(broken.store, "progress.jsonl").events() if event["event"] == "start"]
     assert starts[0] == 0 < starts[1] <= starts[2], "it went on each time from a later checkpoint"
     assert_equal(broken, whole)
-    until(lambda: not ground.holds(broken), 120)
+    until(lambda: not ground.holds(broken), 240)
     assert [
         pod["metadata"]["name"] for pod in site.api.list("pods", NAMESPACE) if pod["status"]["phase"] == "Running"
     ] == []
@@ -91,5 +91,5 @@ def test_a_client_killed_right_after_it_submitted_is_not_missed(site: Site, grou
     alone = Run(site.storage, "alone")
     assert ended(engine, alone, 600).status is Status.SUCCEEDED
     assert_equal(alone, whole)
-    until(lambda: not ground.holds(alone), 120)
+    until(lambda: not ground.holds(alone), 240)
     assert site.kubelet.gpus_in_use() == 0

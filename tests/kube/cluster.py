@@ -256,7 +256,8 @@ def owner_reference(owner: Object) -> Object:
 
 def _operator_deployment() -> Object:
     labels = {"app.kubernetes.io/name": "kuberay-operator", "app.kubernetes.io/version": "v1.7.0"}
-    container = {"name": "kuberay-operator", "image": "quay.io/kuberay/operator:v1.7.0"}
+    patience = {"name": "RAYJOB_STATUS_CHECK_TIMEOUT_SECONDS", "value": "1800"}
+    container = {"name": "kuberay-operator", "image": "quay.io/kuberay/operator:v1.7.0", "env": [patience]}
     selector = {"app.kubernetes.io/name": "kuberay-operator"}
     template = {"metadata": {"labels": labels}, "spec": {"containers": [container]}}
     return {
