@@ -125,13 +125,20 @@ def _in_cluster(place: Place) -> dict[str, Callable[[], Site]]:
         with suppress(SiteError):  # reading all namespaces is more than most may do
             maps = cluster.objects(CONFIG_MAPS, labels=POOL_MAPS, everywhere=True)
 
-    def read(item: Object) -> Site:
+    def read(item: Object, *others: Object) -> Site:
+        if others:
+            names = ", ".join(sorted(each["metadata"]["namespace"] for each in (item, *others)))
+            raise UserError("more than one ConfigMap describes it", where=item["metadata"]["labels"][POOL_LABEL],
+                            hint=f"--namespace says which: {names}")  # fmt: skip
         namespace = item["metadata"]["namespace"]
         where = f"{cluster.context}/{namespace}: ConfigMap {item['metadata']['name']}"
         site = read_site((item.get("data") or {}).get("pool.yaml") or "", where)
         return site.model_copy(update={"context": cluster.context, "namespace": namespace})
 
-    return {item["metadata"]["labels"][POOL_LABEL]: partial(read, item) for item in maps}
+    found: dict[str, list[Object]] = {}
+    for item in maps:
+        found.setdefault(item["metadata"]["labels"][POOL_LABEL], []).append(item)
+    return {name: partial(read, *items) for name, items in found.items()}
 
 
 def this_machine() -> Pool:

@@ -127,7 +127,7 @@ def pools_table(rows: list[dict[str, Any]], console: Console) -> None:
                  *prices, row["where"])  # fmt: skip
         table.add_row(*(Text(printable(cell)) for cell in cells))
     console.print(table)
-    for trouble in troubles:
+    for trouble in dict.fromkeys(troubles):
         _row(console, "note", trouble, "yellow")
 
 

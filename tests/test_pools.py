@@ -91,6 +91,16 @@ def test_where_there_is_none_other_namespaces_are_looked_at_if_that_is_allowed(s
     assert "--namespace" in error.hint
 
 
+def test_of_two_pools_of_one_name_none_is_taken_by_chance(site: Site) -> None:
+    site.api.delete("configmaps", NAMESPACE, POOL)
+    of_namespace(site, "one", "twin")
+    of_namespace(site, "two", "twin", image="other")
+    with pytest.raises(UserError, match="more than one ConfigMap describes it") as raised:
+        find_pool("twin")
+    assert "one, two" in raised.value.hint
+    assert image(find_pool("twin", Place(namespace="two"))) == "other"
+
+
 def test_where_other_namespaces_are_forbidden_there_are_none(site: Site) -> None:
     site.api.delete("configmaps", NAMESPACE, POOL)
     site.api.fail_next(9, 403, "list /api/v1/configmaps")

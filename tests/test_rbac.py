@@ -50,7 +50,8 @@ def use_everything(site: Site) -> None:
     watching = engine(site)
     site.kubelet.play("worker", crash_loop())
     until(lambda: "crash" in watching.status(run).reason)
-    until(lambda: {("", "events", "watch"), ("kueue.x-k8s.io", "workloads", "watch")} <= requested(site))
+    watches = {("", "events", "watch"), ("kueue.x-k8s.io", "workloads", "watch")}
+    until(lambda: bool(watching.status(run)) and watches <= requested(site))
     site.kubelet.play("worker", run_pod())
     starts(site, run)
     until(lambda: watching.status(run).status is Status.RUNNING)

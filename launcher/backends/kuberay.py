@@ -65,14 +65,17 @@ class KubeRayBackend:
             "blockOwnerDeletion": False,
         }  # fmt: skip
         self.cluster.patch(CONFIG_MAPS, order.config_name, {"metadata": {"ownerReferences": [owner]}})
-        self._watchers.pop(run.name, None)
+        if watcher := self._watchers.pop(run.name, None):
+            watcher.close()
 
     def _create(self, job: Object, order: Submission, *, dry_run: bool = False) -> Object:
         name = job["metadata"]["name"]
         try:
             return self.cluster.create(RAY_JOBS, job, dry_run=dry_run)
         except ConflictError as error:
-            raise self._taken(name) from error
+            if "already exists" in error.what:
+                raise self._taken(name) from error
+            raise SiteError(error.what, where=error.where, hint="try again") from error
         except InfrastructureError:
             # The answer was lost, which does not say that the request was.
             made = self.cluster.get(RAY_JOBS, name)
