@@ -330,13 +330,17 @@ def test_no_mutilation_makes_it_fail(name: str, cuts: list[tuple[int, int]], gon
     check(diagnose(scene_of(broken), moment(document) + later))
 
 
-anything = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(
-        ["metadata", "spec", "status", "conditions", "type", "reason", "message", "labels", "state", "name"]
-    ) | st.text(max_size=3), inner, max_size=5),
-    max_leaves=12,
-)  # fmt: skip
+leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
+names = st.sampled_from(
+    ["metadata", "spec", "status", "conditions", "type", "reason", "message", "labels", "state", "name"]
+) | st.text(max_size=3)
+
+
+def branches(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    return st.lists(inner, max_size=3) | st.dictionaries(names, inner, max_size=5)
+
+
+anything = leaves | branches(leaves | branches(leaves | branches(leaves)))
 anythings = st.dictionaries(st.sampled_from(["metadata", "spec", "status", "type", "reason"]), anything)
 
 
