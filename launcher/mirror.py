@@ -36,6 +36,7 @@ class Mirror:
         self._closed = threading.Event()
         self._listed = threading.Event()
         self._watch: Watch | None = None
+        self._chance = random.Random()
         self.trouble: LaunchError | None = None
         """Why the copies may be old, or None while the server answers."""
         self._thread = threading.Thread(target=self._run, daemon=True, name=f"mirror {kind.plural}")
@@ -73,11 +74,11 @@ class Mirror:
                     self._take(kind, item)
                 pause, self.trouble = PAUSE_SECONDS[0], None
                 # A server that ends each watch at once must not be asked in a tight loop.
-                self._closed.wait(random.uniform(0.05, 0.2))
+                self._closed.wait(self._chance.uniform(0.05, 0.2))
             except ExpiredError:
                 # So must not one that has forgotten what it has just told.
                 version = ""
-                self._closed.wait(pause * random.uniform(0.1, 0.2))
+                self._closed.wait(pause * self._chance.uniform(0.1, 0.2))
                 pause = min(2 * pause, PAUSE_SECONDS[1])
             except LaunchError as error:
                 if self._closed.is_set():
@@ -86,7 +87,7 @@ class Mirror:
                 with self._changed:
                     self.trouble = error
                     self._changed.notify_all()
-                self._closed.wait(pause * random.uniform(0.5, 1.0))
+                self._closed.wait(pause * self._chance.uniform(0.5, 1.0))
                 pause = min(2 * pause, PAUSE_SECONDS[1])
 
     def _list(self) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import secrets
 import time
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -37,6 +38,8 @@ class KubeRayBackend:
         self.pool = pool
         self.cluster = cluster
         self._watchers: dict[str, Watcher | None] = {}
+        # Watches have threads of their own, which must not outlive whoever asked for them.
+        weakref.finalize(self, _close, self._watchers)
         self._verdicts: dict[str, tuple[Any, Verdict]] = {}
         self._last_words: dict[tuple[str, int], str] = {}
 
@@ -223,6 +226,12 @@ class KubeRayBackend:
         if job is not None and (job["metadata"].get("annotations") or {}).get(STORAGE_NOTE) == run.storage:
             self._remove(job)
         run.delete()
+
+
+def _close(watchers: dict[str, Watcher | None]) -> None:
+    for watcher in watchers.values():
+        if watcher is not None:
+            watcher.close()
 
 
 def _joined(run: Run, state: State, verdict: Verdict) -> State:
