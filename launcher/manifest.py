@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shlex
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -26,6 +25,7 @@ from launcher.labels import (
 )
 from launcher.layout import Layout, lay_out
 from launcher.pools import Pool
+from launcher.runs import driver_command
 from launcher.site import Offer, Site, Toleration
 from launcher.spec import Spec
 
@@ -130,11 +130,6 @@ class Submission:
                 },
             },
         }
-
-
-def driver_command(run_uri: str) -> str:
-    """What Ray runs on the head; Ray gives it to a shell."""
-    return shlex.join(["python", "-m", "trainers.driver", run_uri])
 
 
 def dry_suffix(plan: dict[str, Any]) -> str:

@@ -14,17 +14,8 @@ from launcher.manage import console, name_argument, output_option
 from launcher.where import Where, where_options
 
 if TYPE_CHECKING:
-    from launcher.cluster import Cluster
     from launcher.plan import Plan
     from launcher.pools import Pool
-
-
-def _cluster(pool: Pool) -> Cluster:
-    from launcher.cluster import Cluster
-
-    if pool.site is None:
-        raise UserError("this machine is not a cluster", where="--cluster", hint="launch pools lists the clusters")
-    return Cluster.connect(pool.site.context, pool.site.namespace)
 
 
 def manifest_text(plan: Plan, run_uri: str) -> str:
@@ -68,7 +59,7 @@ def show_outlook(plan: Plan) -> None:
 
     free = None
     try:
-        cluster = _cluster(plan.pool)
+        cluster = plan.pool.cluster()
         site = plan.pool.site
         assert site is not None
         nodes, pods = cluster.objects(NODES), cluster.objects(PODS, everywhere=True)
@@ -85,7 +76,7 @@ def agree(plan: Plan, *, yes: bool) -> None:
     layout, site = plan.layout, plan.pool.site
     if layout is None or site is None:
         return
-    before_submit(plan.pool, _cluster(plan.pool))
+    before_submit(plan.pool, plan.pool.cluster())
     if yes or layout.most is None or layout.most <= site.confirm_above:
         return
     cost = f"up to {layout.most:,.2f} {layout.currency} ({layout.price_per_hour:,.2f} an hour)"
@@ -128,7 +119,7 @@ def _pool_rows(pool: Pool) -> list[dict[str, Any]]:
     assert site is not None
     place, trouble = "", ""
     try:
-        cluster = _cluster(pool)
+        cluster = pool.cluster()
         place = cluster.where
         nodes, pods = cluster.objects(NODES), cluster.objects(PODS, everywhere=True)
     except LaunchError as error:
@@ -159,7 +150,7 @@ def doctor(where: Where, output: str) -> None:
     else:
         try:
             pool = where.pool()
-            found = list(checks.cluster_checks(pool, _cluster(pool)))
+            found = list(checks.cluster_checks(pool, pool.cluster()))
         except LaunchError as error:
             found = [checks.Check("pool", False, str(error), error.hint)]
     if output == "json":
@@ -182,7 +173,7 @@ def dashboard(name: str, port: int, where: Where) -> None:
     pool = where.pool(here.pool())
     if pool.site is None:
         raise UserError("a run on this machine has no dashboard", where=name, hint=f"launch attach {name}")
-    tunnel = Tunnel.to_dashboard(_cluster(pool), name, port)
+    tunnel = Tunnel.to_dashboard(pool.cluster(), name, port)
     click.echo(f"http://127.0.0.1:{tunnel.port}")
     click.echo(f"token  {tunnel.token}  (the page asks for it once; Ctrl-C closes the way)", err=True)
     try:
@@ -206,7 +197,7 @@ def gc(yes: bool, dry_run: bool, where: Where, output: str) -> None:
     if where.cluster in (None, "local"):
         raise UserError("a run on this machine leaves nothing behind", where="--cluster", hint="name a pool")
     pool = where.pool()
-    cluster = _cluster(pool)
+    cluster = pool.cluster()
     assert pool.site is not None
     leaks = find_leaks(cluster, pool.site.gpu_resource, time.time())
     rows = [{"kind": leak.kind.plural, "name": leak.name, "run": leak.run, "gpus": leak.gpus, "why": leak.why}

@@ -9,7 +9,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import yaml
@@ -37,6 +37,12 @@ class Pool:
     nodes: int = 1
     site: Site | None = None
 
+    def cluster(self) -> Cluster:
+        """The connection to a Kubernetes pool: one for all, since a kubeconfig may run a slow command for it."""
+        if self.site is None:
+            raise UserError("this machine is not a cluster", where="--cluster", hint="launch pools lists the clusters")
+        return _connection(os.environ.get("KUBECONFIG"), self.site.context, self.site.namespace)
+
     @classmethod
     def of(cls, name: str, site: Site, node_type: str | None = None) -> Pool:
         """A Kubernetes pool, seen as its nodes of one type (by default its first)."""
@@ -45,6 +51,11 @@ class Pool:
             name, int(kind.cpus), int(quantity(kind.memory)), kind.gpus, kind.gpu_name or kind.name, kind.bf16,
             kind.max_nodes, site,
         )  # fmt: skip
+
+
+@cache
+def _connection(_kubeconfig: str | None, context: str | None, namespace: str | None) -> Cluster:
+    return Cluster.connect(context, namespace)
 
 
 @dataclass(frozen=True)

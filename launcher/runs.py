@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import socket
 import time
 from dataclasses import asdict, dataclass, field, replace
@@ -326,6 +327,11 @@ class Run:
         close = nearest(self.name, open_store(self.storage).folders())
         return NotFoundError(f"there is no run {self.name}" + (f"; {close}" if close else ""), where=self.storage,
                              hint="launch list shows all; --storage names another place")  # fmt: skip
+
+
+def driver_command(run_uri: str) -> str:
+    """What Ray runs on the head for a run; Ray gives it to a shell."""
+    return shlex.join(["python", "-m", "trainers.driver", run_uri])
 
 
 def checkpoint_steps(store: Store) -> list[int]:

@@ -23,9 +23,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from launcher.labels import KUEUE_PRIORITY_LABEL, QUEUE_LABEL, ROLE_LABEL, RUN_LABEL
-from launcher.manifest import Submission, driver_command
+from launcher.manifest import Submission
 from launcher.operate import manifest_text
 from launcher.pools import Pool
+from launcher.runs import driver_command
 from launcher.spec import NAME_PATTERN, Spec
 from tests.kube.schema import CRD_FOLDER, validator
 from tests.kube.validation import rayjob_error

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.manifest import driver_command
-from launcher.runs import STRIKES, Run, Status
+from launcher.runs import STRIKES, Run, Status, driver_command
 from tests.ray_jobs import Dashboard
 from tests.submitting import Lost, Scene, Time, failure, finish, new_head, nothing, retries, seal, supervise, together
 from tests.tiny import new_run

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from typing import Any, Protocol
 
 from launcher.errors import BugError, Exit, InfrastructureError, LaunchError, NeverStartedError, SiteError
 from launcher.journal import Journal, open_journal
-from launcher.runs import STRIKES, Run, State, Status
+from launcher.runs import STRIKES, Run, State, Status, driver_command
 from launcher.spec import Spec
 from trainers.lease import NOT_BEGUN
 
@@ -110,7 +109,7 @@ class Submitter:
         self.start_seconds, self.idle_seconds = start_seconds, idle_seconds
         self.sleep, self.clock = sleep, clock
         self.job = os.environ.get("RAY_JOB_SUBMISSION_ID") or run.name
-        self.entrypoint = shlex.join(["python", "-m", "trainers.driver", run.uri])
+        self.entrypoint = driver_command(run.uri)
         self.jobs: Jobs | None = None
         self.began = clock()
         known = run.read_json("submission.json") or {}

@@ -40,9 +40,8 @@ def backend(pool: Pool) -> Backend:
 
         return LocalBackend()
     from launcher.backends.kuberay import KubeRayBackend
-    from launcher.cluster import Cluster
 
-    return KubeRayBackend(pool, Cluster.connect(pool.site.context, pool.site.namespace))
+    return KubeRayBackend(pool, pool.cluster())
 
 
 def runs_of(pool: str, storage: str) -> Iterator[Run]:

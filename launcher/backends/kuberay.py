@@ -91,7 +91,7 @@ class KubeRayBackend:
         old = self.cluster.get(RAY_JOBS, run.name)
         if old is None:
             return
-        storage = (old["metadata"].get("annotations") or {}).get(STORAGE_NOTE)
+        storage = _storage_of(old)
         if storage != run.storage:
             raise UserError(f"the cluster has a RayJob {run.name} that is not of this run (it is of {storage})",
                             where=self.cluster.where, hint="another --name")  # fmt: skip
@@ -99,6 +99,11 @@ class KubeRayBackend:
         if not ended and not old["metadata"].get("deletionTimestamp"):
             raise self._taken(run.name)
         self._remove(old)
+
+    def _job_of(self, run: Run) -> Object | None:
+        """The RayJob of this run; one of another run with its name is none."""
+        job = self.cluster.get(RAY_JOBS, run.name)
+        return job if job is not None and _storage_of(job) == run.storage else None
 
     def _taken(self, name: str) -> UserError:
         return UserError(f"{name} is running already", where=self.cluster.where, hint=f"launch attach {name}")
@@ -203,9 +208,7 @@ class KubeRayBackend:
     # -- ending
 
     def cancel(self, run: Run, *, force: bool = False) -> None:
-        job = self.cluster.get(RAY_JOBS, run.name)
-        if job is not None and (job["metadata"].get("annotations") or {}).get(STORAGE_NOTE) != run.storage:
-            job = None
+        job = self._job_of(run)
         final = run.state().status.final
         if not final:
             run.request_cancel(force=force)
@@ -222,10 +225,13 @@ class KubeRayBackend:
     def delete(self, run: Run) -> None:
         if not self.status(run).status.final:
             raise NotFinishedError(f"{run.name} is still running", where=run.uri, hint=f"launch cancel {run.name}")
-        job = self.cluster.get(RAY_JOBS, run.name)
-        if job is not None and (job["metadata"].get("annotations") or {}).get(STORAGE_NOTE) == run.storage:
+        if job := self._job_of(run):
             self._remove(job)
         run.delete()
+
+
+def _storage_of(job: Object) -> str | None:
+    return (job["metadata"].get("annotations") or {}).get(STORAGE_NOTE)
 
 
 def _close(watchers: dict[str, Watcher | None]) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import psutil
 
 from launcher.backends import Backend, backend
-from launcher.cluster import PODS, Cluster
+from launcher.cluster import PODS
 from launcher.journal import Lines
 from launcher.labels import ROLE_LABEL, RUN_LABEL
 from launcher.pools import Place, Pool, find_pool
@@ -63,7 +63,7 @@ class OnCluster:
         assert pool.site is not None
         self.pool = pool
         self.storage = pool.site.storage
-        self.cluster = Cluster.connect(pool.site.context, pool.site.namespace)
+        self.cluster = pool.cluster()
 
     def backend(self) -> Backend:
         return backend(self.pool)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import base64
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,33 +16,6 @@ from launcher.cluster import CONFIG_MAPS, PODS, Cluster, ConflictError, ExpiredE
 from launcher.errors import InfrastructureError, LaunchError, SiteError
 from tests.kube.apiserver import ApiServer
 from tests.scripted import OK, Answer, Script, Scripted, certificate, config_map, failure, kubeconfig
-
-
-@pytest.fixture
-def api() -> Iterator[ApiServer]:
-    with ApiServer() as server:
-        server.add_namespace("team")
-        yield server
-
-
-@pytest.fixture
-def cluster(api: ApiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cluster:
-    monkeypatch.setenv("KUBECONFIG", str(kubeconfig(tmp_path / "config", api.url)))
-    return Cluster.connect()
-
-
-@pytest.fixture
-def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Script]:
-    """Makes a connection to a server that gives these answers."""
-    with ExitStack() as stack:
-
-        def made(*answers: Answer, user: dict[str, Any] | None = None) -> tuple[Cluster, Scripted]:
-            server = stack.enter_context(Scripted(*answers))
-            monkeypatch.setenv("KUBECONFIG", str(kubeconfig(tmp_path / "scripted", server.url, user)))
-            return Cluster.connect(), server
-
-        yield made
-
 
 # -- what goes wrong, and what is tried again
 

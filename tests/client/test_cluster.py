@@ -6,8 +6,6 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,34 +17,7 @@ from launcher.errors import InfrastructureError, SiteError, UserError
 from tests.kube.apiserver import ApiServer
 from tests.kube.manifests import rayjob
 from tests.kube.schema import CRD_FOLDER
-from tests.scripted import OK, Answer, Script, Scripted, config_map, failure, kubeconfig
-
-
-@pytest.fixture
-def api() -> Iterator[ApiServer]:
-    with ApiServer() as server:
-        server.add_namespace("team")
-        yield server
-
-
-@pytest.fixture
-def cluster(api: ApiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cluster:
-    monkeypatch.setenv("KUBECONFIG", str(kubeconfig(tmp_path / "config", api.url)))
-    return Cluster.connect()
-
-
-@pytest.fixture
-def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Script]:
-    """Makes a connection to a server that gives these answers."""
-    with ExitStack() as stack:
-
-        def made(*answers: Answer, user: dict[str, Any] | None = None) -> tuple[Cluster, Scripted]:
-            server = stack.enter_context(Scripted(*answers))
-            monkeypatch.setenv("KUBECONFIG", str(kubeconfig(tmp_path / "scripted", server.url, user)))
-            return Cluster.connect(), server
-
-        yield made
-
+from tests.scripted import OK, Script, config_map, failure, kubeconfig
 
 # -- where it leads
 
