@@ -16,9 +16,11 @@ HEAVY = {"torch", "ray", "timm", "torchvision", "sklearn", "safetensors", "kuber
 
 ORDER = (
     ("errors",),
-    ("labels", "spec", "storage", "s3", "catalog", "site"),
+    ("labels", "section", "storage", "s3", "catalog", "site"),
+    ("space",),
+    ("spec",),
     ("cluster",),
-    ("journal", "runs", "specfile", "pools", "layout"),
+    ("journal", "runs", "specfile", "pools", "layout", "sweeps"),
     ("plan", "mirror", "diagnose.observed"),
     ("manifest", "diagnose.scheduling", "diagnose.queueing"),
     ("capacity", "diagnose.pods"),
@@ -40,7 +42,7 @@ CLIENT = "launcher.cluster"
 REACH_TRAINERS = {"launcher.manage", "launcher.preflight"}
 """Where the control plane calls the data plane: for the index, the report and `predict`, inside functions."""
 
-SHARED = {"errors", "spec", "runs", "storage", "journal", "s3", "catalog", "__init__"}
+SHARED = {"errors", "section", "space", "spec", "sweeps", "runs", "storage", "journal", "s3", "catalog", "__init__"}
 """What the data plane may know of the control plane: the spec, the run directory, and where its caches are."""
 
 
