@@ -1,6 +1,6 @@
 """A sweep in its run directory: sweep.json, the one record of all trials, and what can be read off it.
 
-    sweep.json            every trial with its settings and epochs (Ledger); written before a trial starts, and as it goes
+    sweep.json            every trial with its settings and epochs (Ledger); written before a trial starts
     leaderboard.csv       the same as a table
     trials/0007/          the run directory of trial 7: spec, metrics, checkpoints, logs
     refit/                the run that was trained again on all images, if asked for
