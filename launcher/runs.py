@@ -139,18 +139,19 @@ def default_storage() -> str:
 
 
 class Run:
-    """One run directory."""
+    """One run directory. A trial's `home` is its sweep, which has the index and the first weights; else itself."""
 
-    def __init__(self, storage: str, name: str) -> None:
+    def __init__(self, storage: str, name: str, home: Run | None = None) -> None:
         self.storage = storage
         self.name = name
+        self.home = home or self
         self.store: Store = open_store(storage).child(name)
 
     @classmethod
-    def at(cls, uri: str) -> Run:
-        """The run whose directory is `uri`."""
+    def at(cls, uri: str, home: str = "") -> Run:
+        """The run whose directory is `uri`, or the trial of the sweep at `home`."""
         storage, _, name = uri.rstrip("/").rpartition("/")
-        return cls(storage, name)
+        return cls(storage, name, cls.at(home) if home not in ("", uri) else None)
 
     @property
     def uri(self) -> str:
@@ -282,7 +283,8 @@ class Run:
         self.store.write("cancel.json", _pretty({"time": time.time(), "force": force}))
 
     def cancel_requested(self) -> bool:
-        return self._json("cancel.json") is not None
+        """Whether the run, or the sweep it is a trial of, was asked to stop."""
+        return self._json("cancel.json") is not None or (self.home is not self and self.home.cancel_requested())
 
     def clear_cancel(self) -> None:
         self.store.delete("cancel.json")
@@ -303,6 +305,13 @@ class Run:
     def latest_step(self) -> int:
         """Step of the newest whole checkpoint, or -1."""
         return max(checkpoint_steps(self.store), default=-1)
+
+    def milestone(self) -> int:
+        """How far it has come, to be compared with later: the step of the newest checkpoint, a sweep's epochs."""
+        ledger = self._json("sweep.json")
+        if ledger is None:
+            return self.latest_step()
+        return sum(len(trial["epochs"]) for trial in ledger["trials"])
 
     def delete(self) -> None:
         """Removes everything; spec.json goes last, so an interrupted removal is still found."""

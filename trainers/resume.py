@@ -6,13 +6,18 @@ On a CPU, and at the same world size, what follows is bit for bit what would hav
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from launcher.errors import SiteError
-from trainers.checkpoint import Snapshot, load_latest
+from launcher.runs import Run
+from launcher.spec import Spec
+from launcher.storage import Store
+from trainers.checkpoint import Snapshot, load, load_latest
 
 if TYPE_CHECKING:
     from trainers.worker import Trainer
@@ -47,6 +52,10 @@ def restore(trainer: Trainer) -> None:
     """
     run = trainer.run
     snapshot = load_latest(run.store, lambda what: log.warning("skipped a checkpoint: %s", what))
+    if snapshot is None and run.home is not run:
+        # All trials with the same model begin with the weights that their sweep has fetched once.
+        first = load(first_weights(run.home, trainer.spec), 0)
+        snapshot = replace(first, fingerprint=trainer.spec.fingerprint())
     if snapshot is None:
         raise SiteError("no whole checkpoint is left, not even the first", where=run.uri, hint="launch a new run")
     if snapshot.fingerprint != trainer.spec.fingerprint():
@@ -70,6 +79,11 @@ def restore(trainer: Trainer) -> None:
     trainer.step, trainer.epochs, trainer.seconds = snapshot.step, values["epochs"], values["seconds"]
     trainer.meter.restore(values["meters"], trainer.team.rank, same=same)
     trainer.scaler.load_state_dict(values["scaler"])
+
+
+def first_weights(home: Run, spec: Spec) -> Store:
+    """Where a sweep keeps the weights that its trials of this model begin with."""
+    return home.store.child("initial/" + re.sub(r"[^A-Za-z0-9_.-]", "_", spec.model.name or ""))
 
 
 def _copies(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -29,7 +29,7 @@ ANSWER_SECONDS = 30.0
 """A node that is lost never closes a connection: a request without an answer is given up after this long."""
 LOOK_SECONDS = 30.0
 """How often the run directory is looked at for signs of progress."""
-SIGNS = ("progress.jsonl", "events.jsonl", "index.parquet", "checkpoints/")
+SIGNS = ("progress.jsonl", "events.jsonl", "index.parquet", "checkpoints/", "sweep.json", "trials/")
 
 
 class Jobs(Protocol):
@@ -182,7 +182,7 @@ class Submitter:
         run = self.run
         if run.cancel_requested():
             return self._end(Status.CANCELLED, None, lost or "it was cancelled before it began")
-        step = run.latest_step()
+        step = run.milestone()
         strikes = self.memory["strikes"] + 1 if lost and step <= self.memory["step"] else 0
         if lost:
             if strikes >= STRIKES:
@@ -214,7 +214,7 @@ class Submitter:
 
     def _remember(self) -> None:
         """Notes a submission for whoever replaces this submitter."""
-        memory = self.memory | (self.due or {"times": 1, "strikes": 0, "step": self.run.latest_step()})
+        memory = self.memory | (self.due or {"times": 1, "strikes": 0, "step": self.run.milestone()})
         self.run.write_json("submission.json", memory)
         self.memory, self.due = memory, None
         self.sign, self.signed = None, self.clock()

@@ -24,8 +24,8 @@ from launcher.errors import SiteError
 from launcher.runs import Run
 from launcher.spec import Spec
 from trainers import checkpoint, export, guards, optim, resume
-from trainers.data.augment import EvalTransform, TrainTransform
-from trainers.data.index import Index
+from trainers.data.augment import EvalTransform, TrainTransform, batch_mixer
+from trainers.data.index import Index, index_of
 from trainers.data.loader import Batch, Loader, Step, too_many_bad
 from trainers.data.source import Source
 from trainers.evaluate import Tally
@@ -40,17 +40,19 @@ log = logging.getLogger(__name__)
 def work(config: dict[str, str]) -> str:
     """Trains the run at `config["run"]` to its end; returns `finished` or `cancelled`.
 
-    `config["attempt"]` is the number of this attempt, and `config["began"]` the Unix time at which it began.
+    `config["attempt"]` is the number of this attempt, and `config["began"]` the Unix time at which it began. A trial
+    also has the sweep at `config["home"]`, whose attempt it is; `config["part"]` is `all`, or what to do of `train` and
+    `export`.
 
     An error is written to `failures/ATTEMPT-rank-N.json`, in terms of who has to act, before it is raised.
     """
-    run, attempt = Run.at(config["run"]), int(config["attempt"])
+    run, attempt = Run.at(config["run"], config.get("home", "")), int(config["attempt"])
     team = Team.join()
     with rank_log(run, team.rank):
         try:
-            trainer = Trainer(run, team, float(config["began"]), functools.partial(run.check_attempt, attempt))
+            trainer = Trainer(run, team, float(config["began"]), functools.partial(run.home.check_attempt, attempt))
             try:
-                return trainer.train()
+                return trainer.train(config.get("part", "all"))
             finally:
                 trainer.close()
         except BaseException as error:
@@ -62,10 +64,12 @@ def work(config: dict[str, str]) -> str:
 class Trainer:
     """One rank's model, optimizer, data and position. `fence` raises once another attempt has taken over."""
 
-    def __init__(self, run: Run, team: Team, began: float, fence: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, run: Run, team: Team, began: float, fence: Callable[[], None] = lambda: None, index: Index | None = None
+    ) -> None:
         self.run, self.team, self.began = run, team, began
         self.spec = spec = run.spec()
-        self.index = Index.load(run.store)
+        self.index = index or index_of(run)
         self.device = _device(spec)
         self._arithmetic()
         self.model = build(spec.model, len(self.index.classes))
@@ -83,6 +87,7 @@ class Trainer:
             torch.tensor(values, device=self.device).view(1, 3, 1, 1) * 255
             for values in (self.preprocess.mean, self.preprocess.std)
         )
+        self.parameters = sum(weight.numel() for weight in self.model.parameters())
         self.epochs: list[dict[str, Any]] = []
         self.seconds = {"train": 0.0, "eval": 0.0, "wait": 0.0}
         self.meter = Meter()
@@ -92,25 +97,41 @@ class Trainer:
         self.progress = Progress(run) if team.rank == 0 else None
         resume.restore(self)
         self.parallel = self._parallel()
-        self.mix = _mix(spec, len(self.index.classes))
+        self.mix = batch_mixer(spec.augment, len(self.index.classes))
         self.stop = guards.StopWatcher(run.cancel_requested, 5.0 if run.uri.startswith("s3://") else 1.0)
         self.control = guards.Control(team, self.stop, spec.checkpoint.every_minutes * 60)
         self.saver = checkpoint.Saver(run.store, spec.checkpoint.keep, self._saved, fence) if team.rank == 0 else None
 
     # -- the loop
 
-    def train(self) -> str:
-        """Every epoch that is left, then the final evaluation and the export."""
+    def train(self, part: str = "all") -> str:
+        """Every epoch that is left, and then the final evaluation and the export; or one `part` of it."""
+        self.begin()
+        while part != "export" and not self.complete():
+            if not self.epoch():
+                return "cancelled"
+        if part != "train":
+            export.finish(self)
+        return "finished"
+
+    def begin(self) -> None:
+        """Says that the training begins, or goes on."""
         self.first_step = time.time()
         log.info("rank %d of %d on %s, from step %d", self.team.rank, self.team.world, self.device, self.step)
         if self.progress:
             self.progress.start(self.step, self.loader.steps, self.spec, self.team.world, str(self.device))
-        while len(self.epochs) < (self.spec.train.epochs or 1) and not self._out_of_patience():
-            if not self.train_epoch(len(self.epochs), self.step - len(self.epochs) * self.loader.steps):
-                return "cancelled"
-            self.end_epoch(len(self.epochs))
-        export.finish(self)
-        return "finished"
+
+    def complete(self) -> bool:
+        """Whether no epoch is left to train."""
+        return len(self.epochs) >= (self.spec.train.epochs or 1) or self._out_of_patience()
+
+    def epoch(self) -> bool:
+        """The next epoch, or what is left of it, with its evaluation; False if the run was asked to stop."""
+        number = len(self.epochs)
+        if not self.train_epoch(number, self.step - number * self.loader.steps):
+            return False
+        self.end_epoch(number)
+        return True
 
     def train_epoch(self, epoch: int, first: int) -> bool:
         """One pass over the training split, from step `first` of it; False if the run was asked to stop."""
@@ -195,13 +216,12 @@ class Trainer:
             "epoch": epoch + 1, "step": self.step, "lr": self.meter.lr, "train_loss": train_loss,
             "train_top1": train_top1, "val": summary, "seconds": self.meter.seconds,
             "eval_seconds": time.monotonic() - began, "images_per_second": self.meter.rate(),
-            "data_wait": self.meter.wait_share(), "best": best,
+            "data_wait": self.meter.wait_share(), "best": best, "parameters": self.parameters,
         }  # fmt: skip
         self.epochs.append(record)
         log.info("epoch %d: loss %.4f, val top-1 %.4f", epoch + 1, train_loss, summary["top1"])
         self.meter.next_epoch()
-        last = len(self.epochs) >= (self.spec.train.epochs or 1) or self._out_of_patience()
-        if best or last or (epoch + 1) % self.spec.checkpoint.every_epochs == 0:
+        if best or self.complete() or (epoch + 1) % self.spec.checkpoint.every_epochs == 0:
             self.save()
         bad = self.bad_images()
         if self.progress:
@@ -378,14 +398,3 @@ def _ema(model: nn.Module, decay: float) -> Any:
     from timm.utils import ModelEmaV3
 
     return ModelEmaV3(model, decay=decay, use_warmup=True) if decay else None
-
-
-def _mix(spec: Spec, classes: int) -> Any:
-    from torchvision.transforms import v2
-
-    mixers: list[Any] = []
-    if spec.augment.mixup:
-        mixers.append(v2.MixUp(alpha=spec.augment.mixup, num_classes=classes))
-    if spec.augment.cutmix:
-        mixers.append(v2.CutMix(alpha=spec.augment.cutmix, num_classes=classes))
-    return v2.RandomChoice(mixers) if mixers else None

@@ -64,7 +64,7 @@ class Supervisor:
     def _attempts(self) -> None:
         strikes = 0
         while True:
-            before = self.run.latest_step()
+            before = self.run.milestone()
             code = self._attempt()
             _kill_descendants()
             if self.run.state().status.final:
@@ -75,7 +75,7 @@ class Supervisor:
                     status=Status.CANCELLED, reason="it did not stop in time and was killed", ended=time.time()
                 )
                 return
-            strikes = 0 if self.run.latest_step() > before else strikes + 1
+            strikes = 0 if self.run.milestone() > before else strikes + 1
             died = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
             # A driver ends by itself only after it has recorded why; an exit code here means it never got so far.
             if code >= 0:
@@ -89,7 +89,7 @@ class Supervisor:
                 return
             self.run.update(status=Status.RECOVERING, reason=f"the driver was killed ({died})")
             journal = Journal(self.run.store, "events.jsonl")
-            journal.write("retry", error={"what": f"the driver was killed ({died})"}, step=self.run.latest_step())
+            journal.write("retry", error={"what": f"the driver was killed ({died})"}, step=self.run.milestone())
             journal.close()
 
     def _attempt(self) -> int:

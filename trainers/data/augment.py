@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -197,3 +198,15 @@ def _operate(image: Image.Image, table: Table, magnitude: int, rng: Draws) -> Im
     operation, value, signed = table[rng.integer(len(table))]
     sign = -1 if signed and rng.random() < 0.5 else 1
     return operation(image, sign * value(magnitude))
+
+
+def batch_mixer(augment: Augment, classes: int) -> Any:
+    """Mixup and cutmix as `mixer(images, targets)`, on whole batches on the device; None if both are off."""
+    from torchvision.transforms import v2
+
+    mixers: list[Any] = []
+    if augment.mixup:
+        mixers.append(v2.MixUp(alpha=augment.mixup, num_classes=classes))
+    if augment.cutmix:
+        mixers.append(v2.CutMix(alpha=augment.cutmix, num_classes=classes))
+    return v2.RandomChoice(mixers) if mixers else None

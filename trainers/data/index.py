@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from launcher.errors import DataError, UserError, nearest
+from launcher.runs import Run
 from launcher.spec import Data
 from launcher.storage import Store
 from trainers.data.listing import Listing, Sample, few, list_images
@@ -108,6 +109,16 @@ class Index:
             about["uri"], tuple(json.loads(about["classes"])),
             table.replace_schema_metadata().combine_chunks(), int(about["ignored"]),
         )  # fmt: skip
+
+
+def index_of(run: Run) -> Index:
+    """The index that a run is trained with: its own, or for a trial that of its sweep."""
+    try:
+        return Index.load(run.store)
+    except FileNotFoundError:
+        if run.home is run:
+            raise
+        return index_of(run.home)
 
 
 def build_index(data: Data) -> Index:

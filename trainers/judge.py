@@ -1,0 +1,144 @@
+"""Which trials go on: the schedulers of Ray Tune, taught what was trained before they were there.
+
+A scheduler is rebuilt from the ledger whenever a sweep goes on, so nothing of it is ever stored.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+from ray import tune
+from ray.tune import schedulers
+from ray.tune.experiment import Trial as TuneTrial
+from ray.tune.schedulers import TrialScheduler
+
+from launcher.space import Domain, Sweep
+from launcher.spec import Spec
+from launcher.sweeps import Ledger, Trial
+
+
+class Unstored:
+    """Tune stores its parts as pickles, which a sweep never reads: an empty object stands there for ours."""
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return object, ()
+
+
+class Judge(Unstored, TrialScheduler):  # type: ignore[misc]
+    """A scheduler of Ray's that knows what was trained before it was there. `why` it stopped a trial, by Tune's id."""
+
+    def __init__(self, spec: Spec, trials: dict[str, Trial]) -> None:
+        super().__init__()
+        self._sweep, self._epochs = spec.sweep or Sweep(), spec.train.epochs or 1
+        self._metric = self._sweep.objective[0]
+        self._inner = _scheduler(self._sweep, self._epochs)
+        self._trials = trials
+        self.why: dict[str, str] = {}
+        self.paused: set[str] = set()
+
+    def replay(self, ledger: Ledger) -> None:
+        """Shows the scheduler the trials that ended; HyperBand's brackets and PBT's population are of the living."""
+        if self._sweep.scheduler in ("asha", "median"):
+            for trial in ledger.trials:
+                if trial.outcome.final and trial.epochs:
+                    ghost = TuneTrial("ghost", trial_id=f"ghost-{trial.number}", stub=True)
+                    self._inner.on_trial_add(None, ghost)
+                    self._show(ghost, trial)
+
+    def _show(self, tune_trial: TuneTrial, trial: Trial) -> None:
+        for epoch in trial.epochs:
+            self._inner.on_trial_result(None, tune_trial, dict(epoch))
+
+    def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:  # noqa: ARG002
+        return True
+
+    def on_trial_add(self, tune_controller: Any, trial: TuneTrial) -> None:
+        self._inner.on_trial_add(tune_controller, trial)
+        if self._sweep.scheduler in ("asha", "median"):
+            self._show(trial, self._trials[trial.trial_id])
+
+    def on_trial_error(self, tune_controller: Any, trial: TuneTrial) -> None:
+        self._inner.on_trial_error(tune_controller, trial)
+
+    def on_trial_result(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> str:
+        mine = self._trials[trial.trial_id]
+        if self._metric not in result or not math.isfinite(result[self._metric]):
+            return str(TrialScheduler.CONTINUE)
+        if told_before(mine, result):
+            return str(TrialScheduler.CONTINUE)
+        verdict = str(self._inner.on_trial_result(tune_controller, trial, result))
+        if verdict == TrialScheduler.STOP and result["epoch"] < self._epochs:
+            self.why[trial.trial_id] = self._reason(result["epoch"])
+        self.paused.discard(trial.trial_id)
+        if verdict == TrialScheduler.PAUSE:
+            self.paused.add(trial.trial_id)
+        return verdict
+
+    def _reason(self, epoch: int) -> str:
+        if self._sweep.scheduler == "median":
+            return f"below the median of the others at epoch {epoch}"
+        return f"not among the best 1 in {self._sweep.reduction} at epoch {epoch}"
+
+    def on_trial_complete(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> None:
+        if self._metric in result and math.isfinite(result[self._metric]):
+            self._inner.on_trial_complete(tune_controller, trial, result)
+
+    def on_trial_remove(self, tune_controller: Any, trial: TuneTrial) -> None:
+        if self._sweep.scheduler == "hyperband":
+            self.why[trial.trial_id] = f"not among the best 1 in {self._sweep.reduction} of its bracket"
+        self._inner.on_trial_remove(tune_controller, trial)
+
+    def choose_trial_to_run(self, tune_controller: Any) -> TuneTrial | None:
+        return self._inner.choose_trial_to_run(tune_controller)
+
+    def debug_string(self) -> str:
+        return str(self._inner.debug_string())
+
+    def save(self, checkpoint_path: str) -> None:
+        """The ledger has everything."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """See `save`."""
+
+
+def told_before(trial: Trial, result: dict[str, Any]) -> bool:
+    """Whether the ledger has the epoch of a result: a trial that was lost tells those of its checkpoint again."""
+    return int(result["epoch"]) <= len(trial.epochs) and settings_in(result) == trial.settings
+
+
+def settings_in(result: dict[str, Any]) -> dict[str, Any]:
+    """The settings under which a result came about."""
+    settings: dict[str, Any] = json.loads(result["settings"])
+    return settings
+
+
+def _scheduler(sweep: Sweep, epochs: int) -> TrialScheduler:
+    metric, mode = sweep.objective
+    goal = {"time_attr": "epoch", "metric": metric, "mode": mode}
+    grace = min(sweep.grace_epochs or 1, epochs)
+    if sweep.scheduler == "asha":
+        return schedulers.ASHAScheduler(**goal, max_t=epochs, grace_period=grace, reduction_factor=sweep.reduction)
+    if sweep.scheduler == "hyperband":
+        return schedulers.HyperBandScheduler(**goal, max_t=epochs, reduction_factor=sweep.reduction)
+    if sweep.scheduler == "median":
+        return schedulers.MedianStoppingRule(**goal, grace_period=grace, min_samples_required=3)
+    if sweep.scheduler == "pbt":
+        space = {key: _mutation(domain) for key, domain in (sweep.space or {}).items()}
+        return schedulers.PopulationBasedTraining(
+            **goal, perturbation_interval=grace, hyperparam_mutations={"settings": space}, log_config=False,
+        )  # fmt: skip
+    return schedulers.FIFOScheduler()
+
+
+def _mutation(domain: Domain) -> Any:
+    if domain.finite:
+        return list(domain.values)
+    least, most = domain.values[:2]
+    kinds = {"loguniform": tune.loguniform, "uniform": tune.uniform}
+    if domain.kind == "randint":
+        return tune.randint(least, most + 1)
+    if domain.kind == "quniform":
+        return tune.quniform(*domain.values)
+    return kinds[domain.kind](least, most)
