@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from launcher.runs import Run
     from launcher.specfile import Draft
 
-FLAGS = {
+FLAGS: dict[str, tuple[str, Any, str]] = {
     "name": ("--name", str, "Name of the run."),
     "data.uri": ("--data", str, "Folder, s3:// prefix, manifest, or sample://digits."),
     "data.image_size": ("--image-size", int, "Side of the model's input, in pixels."),
@@ -44,6 +45,30 @@ FLAGS = {
     "limits.max_cost": ("--max-cost", float, "End before it has cost more."),
 }
 """Spec fields that have a flag of their own; every other field is reached by --set."""
+
+
+class Hours(click.ParamType[float]):
+    """A time such as `2h`, `90m` or `1.5h`, as hours."""
+
+    name = "time"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:  # noqa: ARG002
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)([mhd])", str(value))
+        if not found or not float(found[1]):
+            raise UserError(f"{value} is not a time", where="--time-limit", hint="write 90m, 2h or 1.5h")
+        return float(found[1]) * {"m": 1 / 60, "h": 1, "d": 24}[found[2]]
+
+
+SWEEP_FLAGS: dict[str, tuple[str, Any, str]] = {
+    "sweep.trials": ("--trials", int, "Trials in all."),
+    "sweep.search": ("--search", str, "optuna, random or grid."),
+    "sweep.scheduler": ("--scheduler", str, "asha, hyperband, median, pbt or none."),
+    "sweep.concurrent": ("--concurrent", int, "Trials at once."),
+    "sweep.time_limit": ("--time-limit", Hours(), "End after so long (2h, 90m); the best so far counts."),
+    "sweep.refit": ("--refit/--no-refit", bool, "Train the best settings once more, on all images."),
+    "sweep.warm_from": ("--warm-from", str, "A past sweep whose results the search knows."),
+}
+"""The same for what only sweeps have."""
 
 
 class Commands(click.Group):
@@ -120,6 +145,7 @@ def main() -> None:
     launch --data sample://digits            try it on a built-in data set
     launch --data s3://bucket/flowers        one folder for each class
     launch spec.yaml --dry-run               say what would be done, and why
+    launch sweep --data FOLDER --trials 32   find the best settings
     launch --cluster gpu-pool --data s3://…  on Kubernetes; launch pools lists the pools
 
     Without a command, `launch` is `launch run`.
@@ -132,36 +158,94 @@ def _spec_flags(*keys: str) -> Callable[[Callable[..., Any]], Callable[..., Any]
     def add(command: Callable[..., Any]) -> Callable[..., Any]:
         command = click.option("--set", "sets", multiple=True, metavar="FIELD=VALUE",
                                help="Any field of the spec (launch schema lists them).")(command)  # fmt: skip
-        for key in reversed(keys or tuple(FLAGS)):
-            flag, kind, text = FLAGS[key]
+        known = FLAGS | SWEEP_FLAGS
+        for key in reversed(keys):
+            flag, kind, text = known[key]
             command = click.option(flag, key.replace(".", "__"), type=kind, default=None, help=text)(command)
         return command
 
     return add
 
 
-@main.command()
-@click.argument("spec_file", required=False, metavar="[SPEC.yaml]")
-@_spec_flags()
-@where_options
-@click.option("--dry-run", is_flag=True, help="Say what would be done and why; print it (see below); start nothing.")
-@click.option("-d", "--detach", is_flag=True, help="Return as soon as the run has started.")
-@click.option("-y", "--yes", is_flag=True, help="Do not ask before a run that may cost much.")
-@manage.output_option
-def run(
-    spec_file: str | None, where: Where, dry_run: bool, detach: bool, yes: bool, output: str, sets: tuple[str, ...],
-    **flags: Any,
-) -> None:  # fmt: skip
+class Single(click.Command):
+    """Tells a flag of `launch sweep` from a typo."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            if any(error.option_name in flag.split("/") for flag, _, _ in SWEEP_FLAGS.values()):
+                raise UserError("only a sweep has this", where=error.option_name,
+                                hint=f"launch sweep … {error.option_name} …") from None  # fmt: skip
+            raise
+
+
+def _start_options(*keys: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """What `launch run` and `launch sweep` have in common, with the flags of some spec fields."""
+
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        options = (
+            click.argument("spec_file", required=False, metavar="[SPEC.yaml]"), _spec_flags(*keys), where_options,
+            click.option("--dry-run", is_flag=True,
+                         help="Say what would be done and why; print it (see below); start nothing."),
+            click.option("-d", "--detach", is_flag=True, help="Return as soon as the run has started."),
+            click.option("-y", "--yes", is_flag=True, help="Do not ask before a run that may cost much."),
+            manage.output_option,
+        )  # fmt: skip
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+@main.command(cls=Single)
+@_start_options(*FLAGS)
+def run(spec_file: str | None, sets: tuple[str, ...], **given: Any) -> None:
     """Fine-tune a model, here or on a pool, and watch it.
 
     --dry-run prints the whole spec; with --cluster, what `kubectl apply -f -` takes.
     """
-    from launcher.preflight import prepare
+    draft = _draft(spec_file)
+    asked = [text.partition("=")[0].strip() for text in sets]
+    if not draft.sweep and (foreign := [key for key in asked if key.partition(".")[0] == "sweep"]):
+        raise UserError("only a sweep has this", where=f"--set {foreign[0]}", hint="launch sweep … --set …")
+    _launch(draft, sets, **given)
+
+
+@main.command()
+@_start_options(*SWEEP_FLAGS, *FLAGS)
+def sweep(spec_file: str | None, sets: tuple[str, ...], **given: Any) -> None:
+    """Search for the best settings: many trials, the bad ones stopped early, the best one kept.
+
+    \b
+    launch sweep --data s3://bucket/flowers --trials 32
+    launch sweep sweep.yaml --cluster gpu-pool --max-cost 40 --time-limit 2h
+    launch sweep --data FOLDER --set sweep.space='{optim.lr: {loguniform: [1e-3, 1]}}'
+
+    Without a sweep.space, what matters most for the model is searched; --dry-run says what and why, and what it will
+    take. It prints the whole spec; with --cluster, what `kubectl apply -f -` takes.
+    """
+    draft = _draft(spec_file)
+    draft.sweep = True
+    _launch(draft, sets, **given)
+
+
+def _draft(spec_file: str | None) -> Draft:
     from launcher.specfile import Draft
 
     draft = Draft()
     if spec_file:
         draft.read(Path(spec_file))
+    return draft
+
+
+def _launch(
+    draft: Draft, sets: tuple[str, ...], *, where: Where, dry_run: bool, detach: bool, yes: bool, output: str,
+    **flags: Any,
+) -> None:  # fmt: skip
+    from launcher.preflight import prepare
+
     _take(draft, flags, sets)
     if where.storage:
         draft.put("storage", where.storage, "--storage")
@@ -187,7 +271,7 @@ def _take(draft: Draft, flags: dict[str, Any], sets: tuple[str, ...]) -> None:
     for key, value in flags.items():
         if value is not None:
             dotted = key.replace("__", ".")
-            draft.put(dotted, value, FLAGS[dotted][0].partition("/")[0])
+            draft.put(dotted, value, (FLAGS | SWEEP_FLAGS)[dotted][0].partition("/")[0])
     for text in sets:
         draft.assign(text)
 
@@ -199,17 +283,19 @@ def _run_of(plan: Plan) -> Run:
 
 
 def _show_plan(plan: Plan, here: Run) -> None:
-    from launcher import show
+    from launcher import show, show_schedule
 
     show.plan_table(plan, here.uri, manage.console(), every=False)
+    show_schedule.sweep_plan(plan, manage.console())
     operate.show_outlook(plan)
 
 
 def _print_dry_run(plan: Plan, here: Run, output: str) -> None:
-    from launcher import show
+    from launcher import show, show_schedule
     from launcher.specfile import dump
 
     show.plan_table(plan, here.uri, manage.console(), every=True)
+    show_schedule.sweep_plan(plan, manage.console())
     if output == "json":
         click.echo(json.dumps({"spec": plan.spec.model_dump(mode="json"), **plan.to_json()}, indent=1))
     elif plan.layout:
@@ -243,13 +329,24 @@ def _start(here: Run, pool: Pool, detach: bool, output: str) -> None:
 
 @main.command()
 @manage.name_argument
-@_spec_flags("train.epochs", "resources.workers", "limits.max_hours", "limits.max_cost")
+@_spec_flags(
+    "train.epochs",
+    "resources.workers",
+    "limits.max_hours",
+    "limits.max_cost",
+    "sweep.trials",
+    "sweep.concurrent",
+    "sweep.time_limit",
+)
 @click.option("-d", "--detach", is_flag=True, help="Return as soon as the run has started.")
 @click.option("-y", "--yes", is_flag=True, help="Do not ask before a run that may cost much.")
 @where_options
 @manage.output_option
 def resume(name: str, detach: bool, yes: bool, where: Where, output: str, sets: tuple[str, ...], **flags: Any) -> None:
-    """Go on with a run, or make it longer. It begins at its last checkpoint."""
+    """Go on with a run, or make it longer: --epochs for a training, --trials for a sweep.
+
+    It begins at its last checkpoint; no trial that has ended is trained again.
+    """
     from launcher.backends import backend
     from launcher.preflight import prepare_resume
     from launcher.specfile import Draft
@@ -262,14 +359,28 @@ def resume(name: str, detach: bool, yes: bool, where: Where, output: str, sets: 
     draft = Draft()
     _take(draft, flags, sets)
     plan, changes = prepare_resume(here, draft, pool)
-    if state.status.name == "SUCCEEDED" and (plan.spec.train.epochs or 0) <= len(here.metrics().get("epochs", [])):
-        raise UserError(f"{name} has finished", where=here.uri, hint=f"launch resume {name} --epochs N makes it longer")
+    if state.status.name == "SUCCEEDED" and (more := _finished(plan, here)):
+        raise UserError(f"{name} has finished", where=here.uri, hint=f"launch resume {name} {more}")
     for key, (before, after) in changes.items():
         click.echo(f"changed  {key}: {before} -> {after}", err=True)
     operate.agree(plan, yes=yes)
     if changes:
         here.set_spec(plan.spec, plan.to_json())
     _start(here, pool, detach, output)
+
+
+def _finished(plan: Plan, here: Run) -> str:
+    """What would make a run longer that did all it was to do; nothing if there is something left."""
+    from launcher.sweeps import Ledger
+
+    wanted = plan.spec.sweep
+    if wanted is None:
+        done = (plan.spec.train.epochs or 0) <= len(here.metrics().get("epochs", []))
+        return "--epochs N makes it longer" if done else ""
+    ledger = Ledger.load(here)
+    over = len(ledger.trials) >= wanted.trials and all(trial.outcome.final for trial in ledger.trials)
+    done = over and (ledger.refit is not None or not wanted.refit)
+    return "--trials N makes it longer" if done else ""
 
 
 @main.command()

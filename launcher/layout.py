@@ -1,6 +1,7 @@
 """How the workers of a run become pods on a Kubernetes pool, what that costs, and when it ends. Pure.
 
-Every worker pod of a run has the same share of a node, so the workers are split evenly over the pods.
+Every worker pod of a run has the same share of a node, so the workers are split evenly over the pods. The workers of a
+sweep are those of all the trials it trains at once.
 """
 
 from __future__ import annotations
@@ -62,27 +63,37 @@ def lay_out(spec: Spec, site: Site, spent: float = 0.0) -> Layout:
     each, kind = spec.resources, site.node_type(spec.resources.node_type)
     spot = bool(each.spot)
     offer = kind.offer(spot)
-    workers, cpus, on_gpu = each.workers or 1, each.cpus_per_worker or 1, bool(each.gpus_per_worker)
-    fits = min(int(kind.cpus // cpus), kind.gpus if on_gpu else workers)
+    workers, on_gpu = each.workers or 1, bool(each.gpus_per_worker)
+    at_once, sharing = (spec.sweep.concurrent or 1, spec.sweep.trials_per_gpu) if spec.sweep else (1, 1)
+    # Trials that share a GPU take one place together.
+    places, cpus = math.ceil(at_once * workers / sharing), (each.cpus_per_worker or 1) * sharing
+    fits = min(int(kind.cpus // cpus), kind.gpus if on_gpu else places)
     if fits < 1:
         raise UserError(f"a worker with {cpus} cores does not fit on a node of {kind.name}, which has {kind.cpus:g}",
                         where="resources.cpus_per_worker", hint=f"at most {int(kind.cpus)}")  # fmt: skip
     most = kind.max_nodes * fits
-    if workers > most:
-        raise UserError(f"{workers} workers, but {kind.max_nodes} nodes of {kind.name} hold {most}",
+    if places > most:
+        raise UserError(f"{places} workers, but {kind.max_nodes} nodes of {kind.name} hold {most}",
                         where="resources.workers", hint=f"at most --workers {most}, or another --gpu")  # fmt: skip
-    # An even split, so that no pod waits for another: the fewest pods for which there are nodes.
-    sizes = (size for size in range(fits, 0, -1) if workers % size == 0)
-    per_pod = next(size for size in sizes if workers // size <= kind.max_nodes * (fits // size))
-    pods = workers // per_pod
+    # An even split, so that no pod waits for another: the fewest pods for which there are nodes, and of those of a
+    # sweep first those that hold whole trials.
+    sizes = [size for size in range(fits, 0, -1) if places % size == 0]
+    sizes.sort(key=lambda size: size % workers != 0 and workers % size != 0)
+    per_pod = next(size for size in sizes if places // size <= kind.max_nodes * (fits // size))
+    pods = places // per_pod
     gpus = per_pod if on_gpu else 0
     share = gpus / kind.gpus if on_gpu else per_pod * cpus / kind.cpus
     price = None if offer.price_per_hour is None else pods * share * offer.price_per_hour + site.head.price_per_hour
     memory = math.floor(quantity(kind.memory) * min(share, 1.0))
     return Layout(
-        kind, spot, pods, per_pod, gpus, per_pod * cpus, memory, price, site.currency,
+        kind, spot, pods, per_pod * sharing, gpus, per_pod * cpus, memory, price, site.currency,
         _max_seconds(spec, price, spent), _seconds(spec.limits.start_minutes), _seconds(spec.limits.idle_minutes),
     )  # fmt: skip
+
+
+def trial_drivers(spec: Spec) -> int:
+    """How many trials are at once driven from the head: those of several workers have a driver of their own there."""
+    return spec.sweep.concurrent or 1 if spec.sweep and (spec.resources.workers or 1) > 1 else 0
 
 
 def _seconds(minutes: float | None) -> int:

@@ -1,4 +1,4 @@
-"""The commands on runs that exist: list, status, attach, logs, cancel, report, predict, rm.
+"""The commands on runs that exist: list, status, trials, attach, logs, cancel, report, predict, rm.
 
 What these need is in the run directory; none of them trains, and none but `predict` needs the train extra.
 """
@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
@@ -55,18 +56,24 @@ def console(*, stderr: bool = True) -> Console:
 
 def watch(here: Run, engine: Backend, output: str) -> NoReturn:
     """Shows the run to its end and exits with its code; Ctrl-C leaves it running."""
-    from launcher import show
     from launcher.errors import from_record
 
-    out = console()
+    out, page = console(), _page(here)
     try:
-        state = show.Viewer(here, engine, out).watch()
+        state = page.Viewer(here, engine, out).watch()
     except KeyboardInterrupt:
         detached(here)
     if output == "json":
         click.echo(json.dumps(summary(here, state), indent=1))
-    show.end(here, state, out)
+    page.end(here, state, out)
     sys.exit(from_record(state.error).exit_code if state.error else state.status.exit_code)
+
+
+def _page(here: Run) -> ModuleType:
+    """How the run is shown: `show`, or for a sweep `show_sweep`, where the same names stand for the same things."""
+    from launcher import show, show_sweep
+
+    return show_sweep if here.spec().sweep else show
 
 
 def detached(here: Run) -> NoReturn:
@@ -137,12 +144,38 @@ def status(name: str, where: Where, output: str) -> None:
     here = where.run(name)
     state = where.reader(here).status(here)
     if output == "json":
-        epochs = here.metrics().get("epochs", [])
-        click.echo(json.dumps({**summary(here, state), "epochs": epochs}, indent=1))
+        more = _sweep_json(here) if here.spec().sweep else {"epochs": here.metrics().get("epochs", [])}
+        click.echo(json.dumps({**summary(here, state), **more}, indent=1))
     else:
-        from launcher import show
+        _page(here).status_text(here, state, console(stderr=False))
 
-        show.status_text(here, state, console(stderr=False))
+
+def _sweep_json(here: Run) -> dict[str, Any]:
+    """All trials of a sweep with their epochs, and the leaderboard; a NaN is null, which JSON knows."""
+    from launcher.sweeps import Ledger, leaderboard
+
+    ledger = Ledger.load(here)
+    document = {"sweep": asdict(ledger), "leaderboard": leaderboard(ledger)}
+    return dict(json.loads(json.dumps(document), parse_constant=lambda _name: None))
+
+
+@click.command()
+@name_argument
+@where_options
+@click.option("-o", "--output", type=click.Choice(["table", "json", "csv"]), default="table", show_default=True)
+def trials(name: str, where: Where, output: str) -> None:
+    """Show all trials of a sweep, the best first."""
+    from launcher.sweeps import Ledger, leaderboard_csv
+
+    here = where.run(name)
+    if output == "table":
+        from launcher import show_sweep
+
+        show_sweep.trials_table(here, console(stderr=False))
+    elif output == "csv":
+        click.echo(leaderboard_csv(Ledger.load(here)), nl=False)
+    else:
+        click.echo(json.dumps(_sweep_json(here)["leaderboard"], indent=1))
 
 
 @click.command()
@@ -159,28 +192,37 @@ def attach(name: str, where: Where, output: str) -> None:
 @name_argument
 @click.option("-f", "--follow", is_flag=True, help="Wait for new lines until the run is over.")
 @click.option("--rank", type=click.IntRange(0), help="Only this worker's log.")
+@click.option("--trial", type=click.IntRange(1), help="The logs of this trial of a sweep.")
 @click.option("--since", callback=lambda _ctx, _param, text: _ago(text), metavar="AGO",
               help="Begin so long ago: 30s, 5m, 2h.")  # fmt: skip
 @click.option("--tail", type=click.IntRange(0), help="Begin with the last N lines.")
 @where_options
-def logs(name: str, follow: bool, rank: int | None, since: float | None, tail: int | None, where: Where) -> None:
+def logs(
+    name: str, follow: bool, rank: int | None, trial: int | None, since: float | None, tail: int | None, where: Where
+) -> None:
     """Print the logs of a run: of the driver, of every worker, and on a cluster of the submitter."""
     import time
     from collections import deque
     from itertools import takewhile
 
+    from launcher.backends import stored_logs
+
     here = where.run(name)
     engine = where.reader(here)
+    source_run = here if trial is None else _trial(here, trial)
     only = "" if rank is None else f"rank-{rank}"
-    if only and not follow and not any(here.store.list(f"logs/{only}.log")):
-        known = sorted({entry.key.removeprefix("logs/").partition(".log")[0] for entry in here.store.list("logs/")})
-        raise UserError(f"there is no log of rank {rank}", where=here.uri,
+    if only and not follow and not any(source_run.store.list(f"logs/{only}.log")):
+        found = source_run.store.list("logs/")
+        known = sorted({entry.key.removeprefix("logs/").partition(".log")[0] for entry in found})
+        raise UserError(f"there is no log of rank {rank}", where=source_run.uri,
                         hint=f"the logs are {', '.join(known)}" if known else f"launch status {name}")  # fmt: skip
 
     def tell(source: str, line: str) -> None:
         click.echo(line if only else f"[{source}] {line}")
 
     lines = engine.logs(here, only)
+    if trial is not None:  # it may go on for as long as its sweep does
+        lines = stored_logs(source_run, lambda: engine.status(here).status.final, only)
     stored: Iterable[tuple[str, str]] = takewhile(lambda pair: pair[0], lines)
     if since is not None:
         stored = _since(stored, time.time() - since)
@@ -194,6 +236,13 @@ def logs(name: str, follow: bool, rank: int | None, since: float | None, tail: i
             else:
                 time.sleep(pause)
         sys.exit(engine.status(here).status.exit_code)
+
+
+def _trial(here: Run, number: int) -> Run:
+    """The run directory of a trial, or `NotFoundError`."""
+    from launcher.sweeps import Ledger, trial_run
+
+    return trial_run(here, Ledger.load(here).trial(number).number)
 
 
 def _ago(text: str | None) -> float | None:
@@ -225,8 +274,6 @@ def cancel(name: str, force: bool, where: Where) -> None:
     """Stop a run after a last checkpoint, and give its GPUs back. `launch resume` goes on from there."""
     import time
 
-    from launcher import show
-
     here = where.run(name)
     engine = where.engine(here)
     state = engine.status(here)
@@ -245,20 +292,23 @@ def cancel(name: str, force: bool, where: Where) -> None:
             time.sleep(0.3)
         engine.cancel(here)  # what it still holds is given back now, not in a while
     except KeyboardInterrupt:
+        from launcher import show
+
         click.echo(f"\nnot waiting; launch status {show.typed(here)} shows the end", err=True)
         sys.exit(Exit.INTERRUPTED)
-    show.status_text(here, state, console())
+    _page(here).status_text(here, state, console())
 
 
 @click.command()
 @name_argument
 @click.option("--open", "open_", is_flag=True, help="Open it in the browser.")
+@click.option("--trial", type=click.IntRange(1), help="The report of this trial of a sweep.")
 @where_options
-def report(name: str, open_: bool, where: Where) -> None:
+def report(name: str, open_: bool, trial: int | None, where: Where) -> None:
     """Write a run's report anew, and say where it is."""
     from trainers import report as page
 
-    here = where.run(name)
+    here = where.run(name) if trial is None else _trial(where.run(name), trial)
     uri = page.write(here)
     click.echo(uri)
     if open_:
@@ -336,4 +386,4 @@ def rm(name: str, yes: bool, where: Where) -> None:
     click.echo(f"{name} is deleted", err=True)
 
 
-COMMANDS = (list_, status, attach, logs, cancel, report, predict, rm)
+COMMANDS = (list_, status, trials, attach, logs, cancel, report, predict, rm)

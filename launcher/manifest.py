@@ -23,10 +23,10 @@ from launcher.labels import (
     RUN_LABEL,
     STORAGE_NOTE,
 )
-from launcher.layout import Layout, lay_out
+from launcher.layout import Layout, lay_out, trial_drivers
 from launcher.pools import Pool
 from launcher.runs import driver_command
-from launcher.site import Offer, Site, Toleration
+from launcher.site import Offer, Site, Toleration, quantity
 from launcher.spec import Spec
 
 CONFIG_PATH = "/etc/raylaunch"
@@ -40,6 +40,8 @@ LOST_NODE_SECONDS = 60
 """A pod on a lost node is replaced after this long: KubeRay gives a run up that has no head for 300 s."""
 SUBMITTER_RETRIES = 6
 """With the pauses between them 10 minutes, during which the GPUs are held."""
+TRIAL_DRIVER_BYTES = 2**30
+"""What the driver of a trial of several workers takes on the head, with the process that cleans up after it."""
 
 
 @dataclass(frozen=True)
@@ -154,8 +156,14 @@ def _submitter(order: Submission) -> dict[str, Any]:
 
 
 def _head(order: Submission) -> dict[str, Any]:
-    site = order.site
-    container = _container("ray-head", site, cpus=site.head.cpus, memory=site.head.memory)
+    site, drivers = order.site, trial_drivers(order.spec)
+    # The driver runs here; workers must not.
+    parameters, memory = {"num-cpus": "0", "num-gpus": "0"}, site.head.memory
+    if drivers:
+        # KubeRay writes the value into a shell command as it is: it needs its quotes, and those within escaped.
+        parameters["resources"] = json.dumps(json.dumps({"trial": drivers}))
+        memory = f"{(quantity(memory) + drivers * TRIAL_DRIVER_BYTES) / 2**20:.0f}Mi"
+    container = _container("ray-head", site, cpus=site.head.cpus, memory=memory)
     container["ports"] = [
         {"name": name, "containerPort": port}
         for name, port in (("gcs-server", 6379), ("dashboard", 8265), ("client", 10001))
@@ -165,8 +173,7 @@ def _head(order: Submission) -> dict[str, Any]:
     pod["restartPolicy"] = "Never"
     return {
         "serviceType": "ClusterIP",
-        # The driver runs here; workers must not.
-        "rayStartParams": {"num-cpus": "0", "num-gpus": "0"},
+        "rayStartParams": parameters,
         "template": {
             "metadata": {"labels": order.labels("head"), "annotations": KEEP},
             "spec": pod,

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from launcher.errors import UserError
+from launcher.families import default_space
 from launcher.layout import Layout, lay_out
 from launcher.pools import Pool
+from launcher.schedule import Schedule, concurrency, schedule
+from launcher.space import Domain, own
 from launcher.spec import Spec, fields
+from launcher.sweeping import check, grid_size
 
 DEPTHWISE = ("mobilenet", "efficientnet", "tf_efficientnet", "mnasnet", "convnext", "ghostnet", "fbnet", "mixnet")
 """Families that compute faster in NHWC on a CPU; measured 1.4 times for EfficientNet-Lite0, and none for ResNet-18."""
@@ -46,7 +51,8 @@ class Choice:
 class Plan:
     """What will be done. `spec` has no open choice left; `facts` is `Index.facts()`, or empty if unknown.
 
-    `layout` is how a Kubernetes pool carries it out, None on this machine.
+    `layout` is how a Kubernetes pool carries it out, None on this machine. A sweep has a `schedule`, and `searched`
+    says why each field of its space is there.
     """
 
     spec: Spec
@@ -55,6 +61,8 @@ class Plan:
     facts: dict[str, Any]
     warnings: tuple[str, ...]
     layout: Layout | None = None
+    schedule: Schedule | None = None
+    searched: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def workers(self) -> int:
@@ -67,7 +75,7 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """The content of plan.json."""
-        return {
+        made = {
             "pool": self.pool.name,
             "machine": {key: value for key, value in vars(self.pool).items() if key != "site"},
             "layout": self.layout.to_json() if self.layout else None,
@@ -77,6 +85,9 @@ class Plan:
             "warnings": list(self.warnings),
             "choices": [asdict(choice) for choice in self.choices],
         }
+        if self.schedule is not None:
+            made |= {"searched": dict(self.searched), "schedule": self.schedule.to_json()}
+        return made
 
 
 def resolve(
@@ -102,25 +113,35 @@ def resolve(
     """
     if pool.site is not None:
         pool = Pool.of(pool.name, pool.site, spec.resources.node_type)
-    rules = _Rules(spec, pool, facts, model_facts)
+    rules = _Rules(spec, pool, facts, model_facts, given)
     for key in ("name", "storage"):
         rules.choose(key, defaults[key], fields()[key].json_schema_extra["why"])
     rules.cluster()
     rules.model()
     rules.resources()
     rules.training()
+    rules.sweep()
+    rules.cores()
     resolved = spec.updated(rules.values)
+    check(resolved)
+    layout = lay_out(resolved, pool.site, spent) if pool.site else None
     return Plan(
-        resolved, pool, _choices(resolved, rules.reasons, given), facts, tuple(_warnings(resolved, pool, facts)),
-        lay_out(resolved, pool.site, spent) if pool.site else None,
+        resolved, pool, _choices(resolved, rules.reasons, given), facts,
+        tuple(_warnings(resolved, pool, facts) + _sweep_warnings(resolved, layout)), layout,
+        schedule(resolved, layout, facts.get("train")) if resolved.sweep else None, rules.searched,
     )  # fmt: skip
 
 
 class _Rules:
     """The rules for open fields, in an order in which each may use what was chosen before."""
 
-    def __init__(self, spec: Spec, pool: Pool, facts: dict[str, Any], model_facts: Any) -> None:
+    def __init__(
+        self, spec: Spec, pool: Pool, facts: dict[str, Any], model_facts: Any, given: Mapping[str, str]
+    ) -> None:
+        self.spec = spec
+        self.given = given
         self.asked = spec.flat()
+        self.searched = dict.fromkeys((spec.sweep.space if spec.sweep else None) or {}, "you")
         self.pool = pool
         self.facts = facts
         self.model_facts = model_facts
@@ -156,7 +177,10 @@ class _Rules:
             self.choose(key, limit, f"the limit of {self.pool.name}")
 
     def model(self) -> None:
-        if self.pool.gpus:
+        space = (self.spec.sweep.space if self.spec.sweep else None) or {}
+        if "model.name" in space:
+            self.choose("model.name", space["model.name"].values[0], "the first of those that are searched")
+        elif self.pool.gpus:
             self.choose("model.name", "resnet50", "strong and fast on every GPU; most published recipes use it")
         else:
             self.choose("model.name", "resnet18", "there is no GPU here, and larger models are slow on a CPU")
@@ -181,7 +205,9 @@ class _Rules:
         allowed = pool.site.limits.max_gpus if pool.site else None
         usual = min(pool.gpus, allowed or pool.gpus)
         busy = max(1, batch // self["train.accumulate"]) if batch else usual
-        if not on_gpu:
+        if self.spec.sweep:
+            self.choose("resources.workers", 1, "trials side by side use a pool better than larger trials do")
+        elif not on_gpu:
             self.choose("resources.workers", 1, "one process uses all cores best")
         elif busy < usual:
             self.choose("resources.workers", busy, f"a batch of {batch} has no work for more")
@@ -201,9 +227,6 @@ class _Rules:
                 f"{count(workers, 'worker')} on {count(workers, 'GPU')}, but {pool.name} {has}",
                 where="resources", hint=f"{fewer}--set resources.gpus_per_worker=0 to train on the CPU",
             )  # fmt: skip
-        sharing = workers if pool.site is None else pool.gpus if on_gpu else 1
-        self.choose("resources.cpus_per_worker", max(1, pool.cpus // sharing),
-                    f"{count(pool.cpus, 'core')} for {count(sharing, 'worker')}")  # fmt: skip
         if on_gpu:
             self.choose("train.precision", "bf16" if pool.bf16 else "fp16", f"faster than fp32 on {pool.gpu_type}")
             self.choose("train.channels_last", True, "the layout of tensor cores")
@@ -211,6 +234,52 @@ class _Rules:
             self.choose("train.precision", "fp32", "CPUs without AMX compute bf16 many times slower")
             depthwise = self["model.name"].startswith(DEPTHWISE)
             self.choose("train.channels_last", depthwise, "faster on a CPU for depthwise networks only")
+
+    def cores(self) -> None:
+        """Cores for each worker, which depend on how many there are at once."""
+        pool, workers, on_gpu = self.pool, self["resources.workers"], self["resources.gpus_per_worker"] > 0
+        sweep = self.spec.sweep
+        if sweep is not None:
+            workers *= self["sweep.concurrent"]
+        if on_gpu and pool.site:
+            sharing = pool.gpus * (sweep.trials_per_gpu if sweep else 1)
+        elif pool.site and sweep:
+            sharing = math.ceil(workers / pool.nodes) if "sweep.concurrent" in self.given else workers
+        else:
+            sharing = 1 if pool.site else workers
+        self.choose("resources.cpus_per_worker", max(1, pool.cpus // sharing),
+                    f"{count(pool.cpus, 'core')} for {count(sharing, 'worker')}")  # fmt: skip
+
+    def sweep(self) -> None:
+        """What a sweep searches, for how long, and how many trials there are at once."""
+        sweep = self.spec.sweep
+        if sweep is None:
+            return
+        if self.pool.site and (sweep.time_limit or 0) > self["limits.max_hours"]:
+            raise UserError(f"{sweep.time_limit:g} h, but limits.max_hours ends the sweep after "
+                            f"{self['limits.max_hours']:g} h, without a best model", where="sweep.time_limit",
+                            hint="a shorter --time-limit, or a longer --max-hours")  # fmt: skip
+        epochs, part = self["train.epochs"], sweep.reduction**2
+        self.choose("sweep.grace_epochs", max(1, epochs // part),
+                    f"one in {part} of {count(epochs, 'epoch')}: enough to tell bad from good")  # fmt: skip
+        if sweep.space is None:
+            space, self.searched = default_space(self.spec.updated(self.values), self.given)
+            document = {key: domain.model_dump(mode="json") for key, domain in space.items()}
+            self.choose("sweep.space", document, f"what matters most for {self['model.name']}")
+        else:
+            space = sweep.space
+        if sweep.search == "grid":
+            self._grid(space)
+        at_once, why = concurrency(self.spec.updated(self.values), self.pool)
+        self.choose("sweep.concurrent", at_once, why)
+
+    def _grid(self, space: Mapping[str, Domain]) -> None:
+        if not all(domain.finite for domain in space.values()):
+            return  # `check` says so
+        size = grid_size(space)
+        if "sweep.trials" not in self.given or self["sweep.trials"] > size:
+            self.values["sweep.trials"] = size
+            self.reasons["sweep.trials"] = "all combinations of the grid"
 
     def training(self) -> None:
         images = self.facts.get("train", 10_000)
@@ -268,10 +337,30 @@ def _choices(spec: Spec, reasons: Mapping[str, str], given: Mapping[str, str]) -
     return tuple(made)
 
 
+def _sweep_warnings(spec: Spec, layout: Layout | None) -> list[str]:
+    sweep = spec.sweep
+    if sweep is None or sweep.space is None:
+        return []
+    found, flat = [], spec.flat()
+    if sweep.search != "grid" and sweep.trials < 2 * len(sweep.space):
+        found.append(f"{count(sweep.trials, 'trial')} are few for {count(len(sweep.space), 'field')}: more trials, or "
+                     "a smaller sweep.space, find more")  # fmt: skip
+    if sweep.scheduler == "asha" and not sweep.rungs(spec.train.epochs or 1):
+        found.append(f"trials of {count(spec.train.epochs or 1, 'epoch')} cannot be compared on the way: none is "
+                     "stopped early")  # fmt: skip
+    for key, value in own(sweep.space, flat).items() if sweep.search != "grid" else ():
+        if not sweep.space[key].holds(value):
+            found.append(f"the first trial has {key} {value}, as `launch` would, which is not in the space")
+    if layout is not None and sweep.time_limit and sweep.time_limit * 3600 > layout.max_seconds:
+        found.append(f"limits.max_cost ends it after {layout.max_seconds / 3600:.3g} h, before sweep.time_limit does; "
+                     "launch resume goes on")  # fmt: skip
+    return found
+
+
 def _warnings(spec: Spec, pool: Pool, facts: dict[str, Any]) -> list[str]:
     found = []
     workers, cpus = spec.resources.workers or 1, spec.resources.cpus_per_worker or 1
-    if pool.site is None and workers * cpus > pool.cpus:
+    if pool.site is None and workers * cpus > pool.cpus and spec.sweep is None:
         found.append(f"{workers} workers x {cpus} cores share the {pool.cpus} cores of {pool.name}")
     if facts and facts["smallest_class"][1] * 10 <= facts["largest_class"][1]:
         (least, few), (most, many) = facts["smallest_class"], facts["largest_class"]

@@ -311,7 +311,10 @@ class Run:
         ledger = self._json("sweep.json")
         if ledger is None:
             return self.latest_step()
-        return sum(len(trial["epochs"]) for trial in ledger["trials"])
+        try:
+            return sum(len(trial["epochs"]) for trial in ledger["trials"])
+        except (TypeError, KeyError) as error:
+            raise self._damaged("sweep.json", error) from error
 
     def delete(self) -> None:
         """Removes everything; spec.json goes last, so an interrupted removal is still found."""

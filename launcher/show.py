@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from datetime import datetime
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -21,6 +21,7 @@ from launcher.journal import Lines
 from launcher.plan import CLUSTER_FIELDS, Plan, count
 from launcher.runs import Run, State, Status, default_storage
 from launcher.storage import open_store
+from launcher.sweeps import Ledger
 
 COLORS = {
     Status.SUCCEEDED: "green", Status.FAILED: "red", Status.CANCELLED: "yellow", Status.INTERRUPTED: "yellow",
@@ -56,7 +57,7 @@ def typed(run: Run) -> str:
     return run.name if usual else f"{run.name} --storage {shlex.quote(run.storage)}"
 
 
-def _row(console: Console, name: str, text: str, style: str = "bold") -> None:
+def say(console: Console, name: str, text: str, style: str = "bold") -> None:
     """A named line, never broken: what is copied from it is whole."""
     console.print(Text.assemble((f"{name:<10}", style), printable(text)), soft_wrap=True)
 
@@ -71,26 +72,26 @@ def _table(*headings: str) -> Table:
 def plan_table(plan: Plan, uri: str, console: Console, *, every: bool) -> None:
     """Says what will be done; with `every` field, and why each has its value."""
     facts, spec, each = plan.facts, plan.spec, plan.spec.resources
-    _row(console, "run", f"{spec.name}  ({uri})")
-    _row(console, "data", spec.data.uri)
+    say(console, "run", f"{spec.name}  ({uri})")
+    say(console, "data", spec.data.uri)
     if facts:
         held = ", ".join(f"{facts[split]:,} {split}" for split in ("train", "val", "test") if facts.get(split))
-        _row(console, "", f"{facts['images']:,} images in {facts['classes']} classes: {held}")
-    _row(console, "model", f"{spec.model.name} at {spec.data.image_size} px, weights: {spec.model.pretrained}")
+        say(console, "", f"{facts['images']:,} images in {facts['classes']} classes: {held}")
+    say(console, "model", f"{spec.model.name} at {spec.data.image_size} px, weights: {spec.model.pretrained}")
     steps = f" of {count(plan.steps_per_epoch, 'step')}" if plan.steps_per_epoch else ""
-    _row(console, "training", f"{count(spec.train.epochs or 0, 'epoch')}{steps}; batch {spec.train.batch_size}, "
+    say(console, "training", f"{count(spec.train.epochs or 0, 'epoch')}{steps}; batch {spec.train.batch_size}, "
                               f"SGD lr {spec.optim.lr:g}, {spec.optim.schedule}, {spec.train.precision}")  # fmt: skip
     gpus = count(each.gpus_per_worker or 0, "GPU") + (f" ({plan.pool.gpu_type})" if each.gpus_per_worker else "")
     share = f"{count(each.cpus_per_worker or 0, 'core')} and {gpus}{' each' * (plan.workers > 1)}"
-    _row(console, "on", f"{plan.pool.name}: {count(plan.workers, 'worker')} with {share}")
+    say(console, "on", f"{plan.pool.name}: {count(plan.workers, 'worker')} with {share}")
     for warning in plan.warnings:
-        _row(console, "note", warning, "yellow")
+        say(console, "note", warning, "yellow")
     if every:
         table = _table("field", "value", "set by", "why")
         table.columns[0].no_wrap = True
         for choice in plan.choices:
-            if plan.pool.site is None and choice.key in CLUSTER_FIELDS:
-                continue
+            if choice.key == "sweep.space" or (plan.pool.site is None and choice.key in CLUSTER_FIELDS):
+                continue  # a space has a table of its own
             value = "" if choice.value is None else printable(str(choice.value))
             table.add_row(choice.key, Text(value), choice.source, Text(printable(choice.why)))
         console.print(table)
@@ -103,11 +104,11 @@ def layout_lines(plan: Plan, outlook: str, console: Console) -> None:
         return
     each = f"{count(layout.gpus, 'GPU')}, {count(layout.cpus, 'core')}, {size(layout.memory)}"
     kind = f"{layout.node_type.name} {'spot' if layout.spot else 'on demand'}"
-    _row(console, "pods", f"{count(layout.pods, 'worker pod')} with {each} on {kind}, and a head; in {site.namespace}")
+    say(console, "pods", f"{count(layout.pods, 'worker pod')} with {each} on {kind}, and a head; in {site.namespace}")
     hours = f"{layout.max_seconds / 3600:,.2f}".rstrip("0").rstrip(".")
     price = f"{layout.price_per_hour:,.2f} {layout.currency} an hour, at most {layout.most:,.2f}" if layout.most else ""
-    _row(console, "cost", f"{price or 'the pool names no price; it runs'} in {hours} h, when it is ended")
-    _row(console, "capacity", outlook)
+    say(console, "cost", f"{price or 'the pool names no price; it runs'} in {hours} h, when it is ended")
+    say(console, "capacity", outlook)
 
 
 def pools_table(rows: list[dict[str, Any]], console: Console) -> None:
@@ -128,7 +129,7 @@ def pools_table(rows: list[dict[str, Any]], console: Console) -> None:
         table.add_row(*(Text(printable(cell)) for cell in cells))
     console.print(table)
     for trouble in dict.fromkeys(troubles):
-        _row(console, "note", trouble, "yellow")
+        say(console, "note", trouble, "yellow")
 
 
 def checks(found: list[Check], console: Console) -> None:
@@ -159,45 +160,70 @@ def runs_table(rows: list[tuple[Run, State]], console: Console) -> None:
         table.columns[number].no_wrap = True
     for run, state in rows:
         try:
-            spec, epochs = run.spec(), run.metrics().get("epochs", [])
+            spec = run.spec()
+            model, epochs, top1 = _sweep_cells(run) if spec.sweep else _run_cells(run)
         except LaunchError as error:
             # One damaged run must not hide the others.
             table.add_row(run.name, Text(state.status), Text(printable(str(error))))
             continue
-        top1 = state.result.get("top1", epochs[-1]["val"]["top1"] if epochs else None)
+        top1 = state.result.get("top1", top1)
         ended = state.ended or (None if state.status.final else time.time())
         table.add_row(
             run.name, Text(state.status, COLORS.get(state.status, "")), Text(printable(spec.data.uri)),
-            Text(printable(spec.model.name or "")), f"{len(epochs)}/{spec.train.epochs}",
-            "" if top1 is None else f"{top1:.1%}", _clock(state.created),
+            Text(printable(model)), epochs, "" if top1 is None else f"{top1:.1%}", _clock(state.created),
             seconds(ended - state.created) if ended else "",
         )  # fmt: skip
     console.print(table)
+
+
+def _run_cells(run: Run) -> tuple[str, str, float | None]:
+    """Model, epochs and top-1 of a single training."""
+    spec, epochs = run.spec(), run.metrics().get("epochs", [])
+    return spec.model.name or "", f"{len(epochs)}/{spec.train.epochs}", epochs[-1]["val"]["top1"] if epochs else None
+
+
+def _sweep_cells(run: Run) -> tuple[str, str, float | None]:
+    """Of a sweep: how many trials, none, and the best so far."""
+    ledger, search = Ledger.load(run), run.spec().sweep
+    over, trials = len(ledger.over()), search.trials if search else 0
+    winner = ledger.winner()
+    best = winner and winner.best(*next(iter(ledger.objectives.items())))
+    return count(trials, "trial") if over >= trials else f"{over}/{trials} trials", "", (best or {}).get("top1")
 
 
 def _clock(moment: float) -> str:
     return datetime.fromtimestamp(moment).strftime("%Y-%m-%d %H:%M") if moment else ""
 
 
-def status_text(run: Run, state: State, console: Console) -> None:
-    """Everything about one run that fits on a screen."""
-    spec, metrics = run.spec(), run.metrics()
-    epochs = spec.train.epochs or 1
+def headline(run: Run, state: State, console: Console) -> None:
+    """The run's name, where it stands and why, and what to type about that."""
     reason = "" if state.status.final or not state.reason else f"  {printable(state.reason)}"
     head = Text.assemble((f"{run.name}  ", "bold"), (state.status, COLORS.get(state.status, "")), reason)
     console.print(head, soft_wrap=True)
     if state.hint and not state.status.final:
-        _row(console, "next", state.hint)
-    _row(console, "data", spec.data.uri)
-    _row(console, "model", f"{spec.model.name}, {count(epochs, 'epoch')}, attempt {state.attempt}")
-    if cost := run.spent():
-        _row(console, "cost", f"{cost:,.2f} {run.plan()['layout']['currency']} so far")
+        say(console, "next", state.hint)
+
+
+def status_text(run: Run, state: State, console: Console) -> None:
+    """Everything about one run that fits on a screen."""
+    spec, metrics = run.spec(), run.metrics()
+    epochs = spec.train.epochs or 1
+    headline(run, state, console)
+    say(console, "data", spec.data.uri)
+    say(console, "model", f"{spec.model.name}, {count(epochs, 'epoch')}, attempt {state.attempt}")
+    cost_line(run, console)
     steps = [event for event in Lines(run.store, "progress.jsonl").events() if event["event"] == "step"]
     if steps and not state.status.final:
-        _row(console, "now", step_line(steps[-1], epochs))
+        say(console, "now", step_line(steps[-1], epochs))
     for record in metrics.get("epochs", [])[-1:]:
-        _row(console, "last", epoch_line(record, epochs))
+        say(console, "last", epoch_line(record, epochs))
     end(run, state, console)
+
+
+def cost_line(run: Run, console: Console) -> None:
+    """What the run has cost; nothing where that is not known."""
+    if cost := run.spent():
+        say(console, "cost", f"{cost:,.2f} {run.plan()['layout']['currency']} so far")
 
 
 def step_line(event: dict[str, Any], epochs: int) -> str:
@@ -232,24 +258,29 @@ def result_line(state: State) -> str:
     )
 
 
+def failure(run: Run, error: dict[str, str], console: Console) -> None:
+    """Why a run failed, where, and what to type next."""
+    say(console, "failed", error["what"], "bold red")
+    for label, key in (("at", "where"), ("next", "hint")):
+        if error.get(key):
+            say(console, label, error[key])
+    say(console, "logs", f"launch logs {typed(run)}")
+
+
 def end(run: Run, state: State, console: Console) -> None:
     """What a run's end leaves, or why it failed, and what to type next; nothing for a run that goes on."""
     if state.error:
-        _row(console, "failed", state.error["what"], "bold red")
-        for label, key in (("at", "where"), ("next", "hint")):
-            if state.error.get(key):
-                _row(console, label, state.error[key])
-        _row(console, "logs", f"launch logs {typed(run)}")
+        failure(run, state.error, console)
     elif state.status is Status.SUCCEEDED:
         if state.result:
-            _row(console, "result", result_line(state))
-        _row(console, "report", f"{run.uri}/report.html")
-        _row(console, "model", f"{run.uri}/model")
+            say(console, "result", result_line(state))
+        say(console, "report", f"{run.uri}/report.html")
+        say(console, "model", f"{run.uri}/model")
     elif state.status.final:
-        _row(console, "stopped", state.reason or f"the run is {state.status.lower()}")
+        say(console, "stopped", state.reason or f"the run is {state.status.lower()}")
         step = run.latest_step()
         how = f"goes on from step {step:,}" if step > 0 else "starts it again"
-        _row(console, "next", f"launch resume {typed(run)} {how}")
+        say(console, "next", f"launch resume {typed(run)} {how}")
 
 
 class Viewer:
@@ -278,7 +309,7 @@ class Viewer:
                 if state is not None and state.status.final:
                     return state
                 if live is not None:
-                    live.update(Text(line, no_wrap=True, overflow="ellipsis"))
+                    live.update(self._picture(line))
                 elif line != shown:
                     # What happens while it runs, or recovers, the journals tell.
                     if state is None or state.status not in (Status.RUNNING, Status.RECOVERING):
@@ -292,9 +323,9 @@ class Viewer:
             state = self._backend.status(self._run)
             for event in [*self._events.events(), *self._progress.events()]:
                 self._tell(event)
+            return state, self._now(state)
         except InfrastructureError as error:
             return None, f"trying again: {printable(str(error))}"
-        return state, self._now(state)
 
     def _now(self, state: State) -> str:
         if state.status is Status.RUNNING and self._last.get("event") == "step":
@@ -303,6 +334,10 @@ class Viewer:
             return f"evaluating on {self._last['split']}"
         words = f"{state.status.lower()}: {state.reason}" if state.reason else state.status.lower()
         return printable(f"{words}; next: {state.hint}" if state.hint else words)
+
+    def _picture(self, line: str) -> RenderableType:
+        """What a terminal shows now."""
+        return Text(line, no_wrap=True, overflow="ellipsis")
 
     def _eta(self) -> str:
         event = self._last

@@ -11,10 +11,10 @@ sweep:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-from pydantic import model_serializer, model_validator
+from pydantic import ConfigDict, Field, model_serializer, model_validator
 
 from launcher.section import Section, field
 
@@ -28,13 +28,13 @@ class Domain(Section):
     field is only searched in trials in which the other fields named there have that value, or one of those values.
     """
 
-    loguniform: tuple[float, float] | None = None
-    uniform: tuple[float, float] | None = None
-    quniform: tuple[float, float, float] | None = None
-    randint: tuple[int, int] | None = None
-    choice: tuple[Any, ...] | None = None
-    grid: tuple[Any, ...] | None = None
-    when: dict[str, Any] | None = None
+    loguniform: tuple[float, float] | None = Field(default=None, description="Numbers of any size: [least, most].")
+    uniform: tuple[float, float] | None = Field(default=None, description="Numbers: [least, most].")
+    quniform: tuple[float, float, float] | None = Field(default=None, description="Numbers: [least, most, step].")
+    randint: tuple[int, int] | None = Field(default=None, description="Whole numbers: [least, most].")
+    choice: tuple[Any, ...] | None = Field(default=None, description="One of these values.")
+    grid: tuple[Any, ...] | None = Field(default=None, description="Each of these values, where search is grid.")
+    when: dict[str, Any] | None = Field(default=None, description="Only in trials that have these values.")
 
     @property
     def kind(self) -> str:
@@ -49,6 +49,18 @@ class Domain(Section):
     def finite(self) -> bool:
         """Whether the values can be listed."""
         return self.kind in ("choice", "grid")
+
+    def holds(self, value: Any) -> bool:
+        """Whether it is one of the values."""
+        if self.finite:
+            return any(value == known and isinstance(value, bool) == isinstance(known, bool) for known in self.values)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            return False
+        least, most = self.values[:2]
+        if self.quniform is not None:
+            steps = (value - least) / self.values[2]
+            return bool(least <= value <= most) and abs(steps - round(steps)) < 1e-6
+        return bool(least <= value <= most) and (self.randint is None or isinstance(value, int))
 
     def applies(self, settings: Mapping[str, Any]) -> bool:
         """Whether the field is searched in a trial with these settings."""
@@ -93,8 +105,49 @@ def _several(value: Any) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, (list, tuple)) else (value,)
 
 
+def ordered(space: Mapping[str, Domain]) -> list[str]:
+    """The fields, each after those its `when` names; fields whose conditions go in a circle are left out."""
+    done: list[str] = []
+    while ready := [key for key in space if key not in done and set(space[key].when or {}) <= set(done)]:
+        done += ready
+    return done
+
+
+def own(space: Mapping[str, Domain], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The searched part of some values: of each field that applies among them."""
+    settings: dict[str, Any] = {}
+    for key in ordered(space):
+        if space[key].applies(settings):
+            settings[key] = values[key]
+    return {key: settings[key] for key in space if key in settings}
+
+
+def grid(space: Mapping[str, Domain]) -> Iterator[dict[str, Any]]:
+    """Every combination of the values of finite domains, each once."""
+
+    def complete(keys: list[str], settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        if not keys:
+            yield {key: settings[key] for key in space if key in settings}
+            return
+        domain = space[keys[0]]
+        for value in domain.values if domain.applies(settings) else ():
+            yield from complete(keys[1:], {**settings, keys[0]: value})
+        if not domain.applies(settings):
+            yield from complete(keys[1:], settings)
+
+    yield from complete(ordered(space), {})
+
+
+def _short_form(schema: dict[str, Any]) -> None:
+    """A spec file may give a list where the schema has a domain: it means a choice."""
+    domains = schema["properties"]["space"]["anyOf"][0]
+    domains["additionalProperties"] = {"anyOf": [domains["additionalProperties"], {"type": "array"}]}
+
+
 class Sweep(Section):
     """A search: how many trials, over what, and which of them are worth their epochs."""
+
+    model_config = ConfigDict(json_schema_extra=_short_form)
 
     trials: int = field(16, "Trials in all.", "a model's few important fields are found within that", ge=1, le=10_000)
     space: dict[str, Domain] | None = field(

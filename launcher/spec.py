@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, StringConstraints, field_validator, model_serializer, model_validator
 
+from launcher.errors import closest
 from launcher.section import Fraction, Section, field
 from launcher.space import Sweep
 
@@ -205,7 +206,7 @@ class Spec(Section):
     resources: Resources = Resources()
     limits: Limits = Limits()
     checkpoint: Checkpoint = Checkpoint()
-    sweep: Sweep | None = Field(None, description="Search over fields of this spec: a run of many trials.")
+    sweep: Sweep | None = Field(default=None, description="Search over fields of this spec: a run of many trials.")
     storage: str | None = field(
         None, "Folder or s3:// prefix that holds the run directories.", "$RAYLAUNCH_STORAGE, else ~/raylaunch"
     )
@@ -270,6 +271,7 @@ RESUMABLE = (
     "data.max_bad_fraction",
     "sweep.trials",
     "sweep.concurrent",
+    "sweep.trials_per_gpu",
     "sweep.time_limit",
     "sweep.refit",
 )
@@ -291,6 +293,20 @@ def fields() -> dict[str, Any]:
         else:
             found[key] = info
     return found
+
+
+SECTIONS = tuple(dict.fromkeys(key.partition(".")[0] for key in fields() if "." in key))
+
+
+def unknown(key: str) -> str:
+    """What to say of a name that is no field's, with the nearest one."""
+    if key in SECTIONS:
+        return f"this is a section; name a field of it, as in {next(name for name in fields() if name.startswith(key))}"
+    wanted = key.lower().replace("-", "_")
+    short = {name.rpartition(".")[2]: name for name in reversed(fields())}
+    # `lr`, and `train.lr`, are more likely the lr of another section than something that looks like the whole.
+    close = short.get(wanted.rpartition(".")[2]) or closest(wanted, fields()) or short.get(closest(wanted, short))
+    return "no such field" + (f"; did you mean {close}?" if close else "")
 
 
 def valid_name(name: str) -> bool:

@@ -15,38 +15,38 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from launcher.errors import UserError, closest, nearest
-from launcher.spec import Spec, fields
+from launcher.errors import UserError, nearest
+from launcher.section import complaint
+from launcher.space import KINDS, Domain
+from launcher.spec import SECTIONS, Spec, fields, unknown
+from launcher.sweeping import problems_of
 
-SECTIONS = tuple(dict.fromkeys(key.partition(".")[0] for key in fields() if "." in key))
-
-_PAIR = "should be two numbers, as in [0.5, 1.0]"
-_MESSAGES = {
-    "bool_type": "should be true or false",
-    "missing": _PAIR,
-    "too_long": _PAIR,
-    "tuple_type": "should be a list, as in [a, b]",
-    "string_pattern_mismatch": "should be a letter, then up to 39 of a-z, 0-9 and -, the last not a -",
-}
-"""What pydantic calls a mistake -> what we call it, where our words are clearer."""
+MAPPINGS = ("sweep.space", "sweep.objectives", "sweep.points")
+"""Fields whose value is `key: value` lines, or a list of such."""
 
 
 @dataclass
 class Draft:
-    """Values for spec fields as they were given, and where each came from. `None` leaves the choice to the plan."""
+    """Values for spec fields as they were given, and where each came from. `None` leaves the choice to the plan.
+
+    `lines` says where the parts of a mapping stand, by their dotted names. With `sweep` the spec is that of a sweep,
+    even if no field says so.
+    """
 
     values: dict[str, Any] = field(default_factory=dict)
     origin: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    lines: dict[str, str] = field(default_factory=dict)
+    sweep: bool = False
 
     def put(self, key: str, value: Any, origin: str) -> None:
         """Sets a field by its dotted name; a later call wins. An unknown name becomes a problem."""
         if key not in fields():
-            self.problems.append(f"{_at(origin, key)}: {_unknown(key)}")
+            self.problems.append(f"{_at(origin, key)}: {unknown(key)}")
         elif not _is_unicode(value):
             self.problems.append(f"{_at(origin, key)}: is not UTF-8 text")
         else:
-            self.values[key] = value
+            self.values[key] = _domains(value) if key == "sweep.space" else value
             self.origin[key] = origin
             if value is None:
                 del self.origin[key]
@@ -87,16 +87,23 @@ class Draft:
 
     def spec(self) -> Spec:
         """The spec, or one `UserError` that lists everything that is wrong."""
-        document: dict[str, Any] = {}
+        document: dict[str, Any] = {"sweep": {}} if self.sweep else {}
         for key, value in self.values.items():
             if value is not None:
                 section, _, name = key.rpartition(".")
                 (document.setdefault(section, {}) if section else document)[name] = value
-        problems = list(self.problems)
+        problems, broken = list(self.problems), []
         try:
             spec = Spec.model_validate_json(json.dumps(document))
         except ValidationError as error:
-            problems += [self._explain(item) for item in error.errors(include_url=False)]
+            broken = error.errors(include_url=False)
+            problems += [self._explain(item) for item in broken]
+        checked = _rest(document, broken) if broken else spec
+        lost = {str(item["loc"][2]) for item in broken if item["loc"][:2] == ("sweep", "space") and item["loc"][2:]}
+        for place, what in problems_of(checked) if checked else ():
+            # That a domain which fell out is not searched would be wrong to say.
+            if not lost or not ("is not searched" in what or place == "sweep.space"):
+                problems.append(f"{_at(self._origin(place), place)}: {what}")
         if problems:
             count = f"{len(problems)} mistakes" if len(problems) > 1 else "a mistake"
             raise UserError(f"{count} in the spec:\n" + "\n".join(f"  {problem}" for problem in problems),
@@ -117,36 +124,94 @@ class Draft:
             if key in seen:
                 self.problems.append(f"{line}: {key}: stands twice")
             seen.add(key)
+            self.sweep |= key.partition(".")[0] == "sweep"
             if key in SECTIONS:
-                # A section of which every line is commented out says nothing.
+                # A section of which every line is commented out says nothing, but that there is a sweep.
                 if value.tag != _NULL:
                     self._section(value, f"{key}.", path, seen)
             elif not prefix and isinstance(value, yaml.MappingNode):
                 close = nearest(key, SECTIONS) or f"the sections are {', '.join(SECTIONS)}"
                 self.problems.append(f"{line}: {key}: no such section; {close}")
             else:
-                self._put_node(key, value, line)
+                self._put_node(key, value, line, path)
 
-    def _put_node(self, key: str, node: yaml.Node | None, origin: str) -> None:
+    def _put_node(self, key: str, node: yaml.Node | None, origin: str, path: str = "") -> None:
+        self.origin |= {key: origin} if key in MAPPINGS else {}
         try:
-            value = None if node is None else _value(node)
+            value = None if node is None else self._nested(node, key, path) if key in MAPPINGS else _value(node)
         except ValueError as error:
-            self.problems.append(f"{_at(origin, key)}: {error if key in fields() else _unknown(key)}")
+            self.problems.append(f"{_at(origin, key)}: {error if key in fields() else unknown(key)}")
         else:
             self.put(key, value, origin)
 
+    def _nested(self, node: yaml.Node, place: str, path: str) -> Any:
+        """The node as plain data with mappings; what is wrong with one of their values costs only that."""
+        if isinstance(node, yaml.SequenceNode):
+            return [self._nested(item, f"{place}.{number}", path) for number, item in enumerate(node.value, 1)]
+        if not isinstance(node, yaml.MappingNode):
+            return _value(node)
+        found: dict[str, Any] = {}
+        for key_node, value in node.value:
+            key = str(key_node.value) if isinstance(key_node, yaml.ScalarNode) else "?"
+            inner = f"{place}.{key}"
+            if path:
+                self.lines[inner] = f"{path}:{key_node.start_mark.line + 1}"
+            try:
+                if key in found or key == "?":
+                    raise ValueError("stands twice" if key in found else "a key should be a name")
+                found[key] = self._nested(value, inner, path)
+            except ValueError as error:
+                self.problems.append(f"{_at(self._origin(inner), inner)}: {error}")
+        return found
+
+    def _origin(self, place: str) -> str:
+        """Where a field, or the part of it that has a line of its own, was given."""
+        while place and place not in self.lines and place not in self.origin:
+            place = place.rpartition(".")[0]
+        return self.lines.get(place) or self.origin.get(place, "")
+
     def _explain(self, item: Any) -> str:
-        key = ".".join(part for part in item["loc"] if isinstance(part, str))
+        points = item["loc"][:2] == ("sweep", "points")
+        parts = [part for part in item["loc"] if isinstance(part, str) or points]
+        key = ".".join(str(part) if isinstance(part, str) else str(part + 1) for part in parts)
         if key in ("data", "data.uri") and item["type"] == "missing":
             return "data.uri: is missing; write --data URI"
-        message = item["msg"].removeprefix("Value error, ").removeprefix("Input ")
+        message = complaint(item)
         if not key:  # a rule that ties several sections together names its field itself
-            return str(message)
-        message = _MESSAGES.get(item["type"], message)
-        if item["type"] != "value_error":
+            return message
+        if item["type"] == "extra_forbidden":
+            message = f"no such key; {nearest(parts[-1], Domain.model_fields) or 'it has ' + ', '.join(KINDS)}"
+        elif "quniform" in parts and item["type"] in ("missing", "too_long"):
+            message = "should be [least, most, step]"
+        elif item["type"] != "value_error":
             given = json.dumps(item["input"], ensure_ascii=False)
             message += f" (is {given if len(given) <= 60 else given[:57] + '...'})"
-        return f"{_at(self.origin.get(key, ''), key)}: {message}"
+        return f"{_at(self._origin(key), key)}: {message}"
+
+
+def _rest(document: dict[str, Any], broken: list[Any]) -> Spec | None:
+    """The spec without its broken fields and domains, so that the others can be judged; None where that is no use."""
+    rest = json.loads(json.dumps(document))
+    for item in broken:
+        section, *inner = item["loc"] or ("",)
+        if not inner or inner[0] in ("search", "scheduler") or (item["type"] == "value_error" and len(inner) < 2):
+            return None
+        holder = rest.get(section, {})
+        if inner[0] in ("space", "objectives") and inner[1:]:
+            holder, inner = holder[inner[0]], inner[1:]
+        holder.pop(inner[0], None)
+    rest["data"] = {"uri": "unknown"} | rest.get("data", {})
+    try:
+        return Spec.model_validate_json(json.dumps(rest))
+    except ValidationError:
+        return None
+
+
+def _domains(value: Any) -> Any:
+    """A search space in which a plain list is a choice."""
+    if not isinstance(value, dict):
+        return value
+    return {key: {"choice": domain} if isinstance(domain, list) else domain for key, domain in value.items()}
 
 
 def dump(spec: Spec) -> str:
@@ -158,16 +223,6 @@ def _at(origin: str, key: str) -> str:
     """Place and field; the place alone where it names the field already."""
     named = origin.rpartition(" ")[2].removeprefix("--") == key
     return origin if named else ": ".join(part for part in (origin, key) if part)
-
-
-def _unknown(key: str) -> str:
-    if key in SECTIONS:
-        return f"this is a section; name a field of it, as in {next(name for name in fields() if name.startswith(key))}"
-    wanted = key.lower().replace("-", "_")
-    short = {name.rpartition(".")[2]: name for name in reversed(fields())}
-    # `lr`, and `train.lr`, are more likely the lr of another section than something that looks like the whole.
-    close = short.get(wanted.rpartition(".")[2]) or closest(wanted, fields()) or short.get(closest(wanted, short))
-    return "no such field" + (f"; did you mean {close}?" if close else "")
 
 
 def _is_unicode(value: Any) -> bool:
@@ -233,7 +288,10 @@ class _Core(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes every text that either YAML 1.1 or our reader would take for something else."""
+    """Quotes every text that either YAML 1.1 or our reader would take for something else; writes no aliases."""
+
+    def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002 - PyYAML's signature
+        return True
 
     def represent_str(self, data: str) -> yaml.ScalarNode:
         # PyYAML writes some line ends of Unicode bare, and reads them back as a space.

@@ -20,6 +20,8 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from launcher.errors import NotFoundError, SiteError
 from launcher.runs import Run
 from launcher.spec import Spec, fields
@@ -33,6 +35,32 @@ METRICS = {
     "data_wait": "share of training time spent waiting for data",
 }  # fmt: skip
 """What a trial reports after each epoch, and what a sweep can search for."""
+SHARES = ("top1", "top5", "macro_f1", "train_top1", "data_wait")
+"""Those that are shares of 1."""
+
+
+def metric_name(metric: str) -> str:
+    """As people read it: `top-1`, `macro F1`, `images per second`."""
+    names = {"top1": "top-1", "top5": "top-5", "macro_f1": "macro F1", "train_top1": "train top-1"}
+    return names.get(metric, metric.replace("_", " "))
+
+
+def metric_text(metric: str, value: float | None) -> str:
+    """A value as people read it: `98.9%`, `0.0513`, `1,620`; nothing for None."""
+    if value is None:
+        return ""
+    if metric in SHARES:
+        return f"{value:.1%}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def setting_text(value: Any) -> str:
+    """The value of a field in a few characters: `0.0123`, `none`, `layer1,layer2`."""
+    if isinstance(value, (list, tuple)):
+        return ",".join(setting_text(item) for item in value) or "none"
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "-"}[value]
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 class Outcome(StrEnum):
@@ -56,7 +84,7 @@ class Trial:
     """One trial. `settings` are its values of the searched fields; `origin` says who proposed them: `default`, `point`,
     or the search.
 
-    Each of `epochs` has "epoch", "step", "lr" and `METRICS`, and "settings" where they changed after it (PBT).
+    Each of `epochs` has "epoch", "step", "lr" and `METRICS`, and "settings" where they changed before it (PBT).
     `seconds` is the time it held its resources, `cost` what that cost (None without a price).
     """
 
@@ -80,15 +108,18 @@ class Trial:
     def best(self, metric: str, mode: str) -> dict[str, Any] | None:
         """The epoch with the best value of a metric, the first of equals; None before the first epoch."""
         sign = 1 if mode == "max" else -1
-        known = [epoch for epoch in self.epochs if math.isfinite(epoch.get(metric, math.nan))]
+        known = [epoch for epoch in self.epochs if _finite(epoch.get(metric)) is not None]
         return max(known, key=lambda epoch: sign * epoch[metric], default=None)
 
     def values(self, objectives: dict[str, str]) -> dict[str, float] | None:
         """The objectives at the epoch that is best by the first of them."""
-        found = self.best(*next(iter(objectives.items())))
-        if found is None or any(not math.isfinite(found.get(metric, math.nan)) for metric in objectives):
-            return None
-        return {metric: float(found[metric]) for metric in objectives}
+        found = self.best(*next(iter(objectives.items()))) or {}
+        values = {metric: value for metric in objectives if (value := _finite(found.get(metric))) is not None}
+        return values if len(values) == len(objectives) else None
+
+    def changes(self) -> list[tuple[int, dict[str, Any]]]:
+        """The settings that were changed on the way (PBT), each with the first epoch that was trained with them."""
+        return [(epoch["epoch"], epoch["settings"]) for epoch in self.epochs if epoch.get("settings")]
 
 
 @dataclass
@@ -112,11 +143,18 @@ class Ledger:
                                     hint=f"launch status {run.name}")  # fmt: skip
             return cls(dict(sweep.objectives))
         try:
-            trials = [Trial(**{**trial, "outcome": Outcome(trial["outcome"])}) for trial in document["trials"]]
-            return cls(document["objectives"], trials, document["importance"], document["refit"], document["best"])
-        except (TypeError, KeyError, ValueError) as error:
-            raise SiteError(f"the file is damaged: {error}", where=f"{run.uri}/sweep.json",
+            return _SHAPE.validate_python(document)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            what = ": ".join(part for part in (".".join(map(str, first["loc"])), first["msg"]) if part)
+            raise SiteError(f"the file is damaged: {what}", where=f"{run.uri}/sweep.json",
                             hint="restore it, or delete the sweep") from error  # fmt: skip
+
+    def __post_init__(self) -> None:
+        if not self.objectives:
+            raise ValueError("there is no objective")
+        if [trial.number for trial in self.trials] != list(range(1, len(self.trials) + 1)):
+            raise ValueError("the trials are not numbered 1, 2, …")
 
     def save(self, run: Run) -> None:
         """Writes sweep.json and leaderboard.csv."""
@@ -131,25 +169,52 @@ class Ledger:
         return self.trials[number - 1]
 
     def ranked(self) -> list[Trial]:
-        """Trials with a result, the best first: by the first objective, then by validation loss."""
+        """Trials with a result that did not fail, the best first: by the first objective, then by validation loss."""
         metric, mode = next(iter(self.objectives.items()))
         sign = -1 if mode == "max" else 1
-        known = [(trial, trial.best(metric, mode)) for trial in self.trials]
-        rows = [(sign * best[metric], best.get("loss", math.inf), trial.number) for trial, best in known if best]
-        return [self.trials[number - 1] for _, _, number in sorted(rows)]
+        known = [(trial, trial.best(metric, mode)) for trial in self.trials if trial.outcome is not Outcome.FAILED]
+        rows = [(sign * best[metric], _finite(best.get("loss")), trial.number, trial) for trial, best in known if best]
+        rows.sort(key=lambda row: (row[0], math.inf if row[1] is None else row[1], row[2]))
+        return [trial for *_, trial in rows]
 
     def front(self) -> list[Trial]:
         """The trials that no other beats in one objective without losing in another, best first by the first one."""
-        return [trial for trial in self.ranked() if trial.values(self.objectives) and not self._beaten(trial)]
-
-    def _beaten(self, trial: Trial) -> bool:
-        mine = _losses(trial, self.objectives)
-        others = (_losses(other, self.objectives) for other in self.trials if other is not trial)
-        return any(other != mine and all(a <= b for a, b in zip(other, mine, strict=True)) for other in others if other)
+        known = [(trial, _losses(trial, self.objectives)) for trial in self.ranked()]
+        points = sorted({losses for _, losses in known if losses})  # the best first: it beats most
+        return [trial for trial, mine in known if mine and not any(_beats(other, mine) for other in points)]
 
     def epochs(self) -> int:
         """Epochs trained by all trials."""
         return sum(len(trial.epochs) for trial in self.trials)
+
+    def having(self, *outcomes: Outcome) -> list[Trial]:
+        """The trials with one of these outcomes."""
+        return [trial for trial in self.trials if trial.outcome in outcomes]
+
+    def over(self) -> list[Trial]:
+        """The trials that have ended."""
+        return [trial for trial in self.trials if trial.outcome.final]
+
+    def winner(self) -> Trial | None:
+        """The best trial: the one that was exported, or the best so far."""
+        chosen = [trial for trial in self.trials if trial.number == self.best]
+        return next(iter(chosen or self.ranked()), None)
+
+
+_SHAPE = TypeAdapter(Ledger)
+
+
+def _finite(value: Any) -> float | None:
+    """The value if it is a finite number."""
+    try:
+        known = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        return float(value) if known else None
+    except OverflowError:  # JSON knows integers that no float can hold
+        return None
+
+
+def _beats(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
+    return one != other and all(a <= b for a, b in zip(one, other, strict=True))
 
 
 def _losses(trial: Trial, objectives: dict[str, str]) -> tuple[float, ...]:
@@ -160,7 +225,15 @@ def _losses(trial: Trial, objectives: dict[str, str]) -> tuple[float, ...]:
 
 def trial_run(sweep: Run, number: int) -> Run:
     """The run directory of a trial."""
-    return Run(f"{sweep.uri}/trials", f"{number:04d}")
+    return Run(f"{sweep.uri}/trials", f"{number:04d}", home=sweep)
+
+
+def spec_of(sweep: Run, trial: Trial) -> Spec:
+    """What the trial trains; made anew where its run directory is gone."""
+    try:
+        return trial_run(sweep, trial.number).spec()
+    except NotFoundError:
+        return sweep.spec().model_copy(update={"sweep": None}).updated(trial.settings)
 
 
 def searched(trials: Iterable[Trial]) -> list[str]:
@@ -168,18 +241,26 @@ def searched(trials: Iterable[Trial]) -> list[str]:
     return list(dict.fromkeys(key for trial in trials for key in trial.settings))
 
 
+def short_names(keys: list[str]) -> list[str]:
+    """The last part of each field's name, or the whole name where two end alike."""
+    ends = [key.rpartition(".")[2] for key in keys]
+    return [key if ends.count(end) > 1 else end for key, end in zip(keys, ends, strict=True)]
+
+
 def leaderboard(ledger: Ledger) -> list[dict[str, Any]]:
-    """One row for each trial, the best first and those without a result last."""
+    """One row for each trial, the best first, then those without a result yet, the failed last."""
     ranked = ledger.ranked()
+    ranks = {trial.number: rank for rank, trial in enumerate(ranked, 1)}
     front = {trial.number for trial in ledger.front()}
-    rest = [trial for trial in ledger.trials if trial not in ranked]
+    rest = [trial for trial in ledger.trials if trial.number not in ranks]
+    rest.sort(key=lambda trial: trial.outcome is Outcome.FAILED)
     metric, mode = next(iter(ledger.objectives.items()))
     rows = []
-    for rank, trial in enumerate([*ranked, *rest], 1):
+    for trial in [*ranked, *rest]:
         best = trial.best(metric, mode) or {}
         rows.append({
-            "rank": rank if trial in ranked else None, "trial": trial.number, "outcome": str(trial.outcome),
-            **{key: best.get(key) for key in dict.fromkeys([*ledger.objectives, "top1", "loss"])},
+            "rank": ranks.get(trial.number), "trial": trial.number, "outcome": str(trial.outcome),
+            **{key: _finite(best.get(key)) for key in dict.fromkeys([*ledger.objectives, "top1", "loss"])},
             "best_epoch": best.get("epoch"), "epochs": len(trial.epochs), "seconds": round(trial.seconds, 1),
             "cost": trial.cost, "pareto": trial.number in front, "origin": trial.origin,
             "settings": trial.settings, "reason": trial.error["what"] if trial.error else trial.reason,

@@ -22,16 +22,18 @@ from launcher import manage
 from launcher.cli import main
 from launcher.journal import Journal
 from launcher.pools import find_pool
-from launcher.preflight import prepare
+from launcher.preflight import prepare, prepare_resume
 from launcher.runs import Owner, Run, State, Status
 from launcher.s3 import s3_client
 from launcher.spec import Spec
 from launcher.specfile import Draft
+from launcher.sweeps import Ledger, Outcome, Trial
 from tests.report_run import build
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ("run", "resume", "schema", "list", "status", "attach", "logs", "cancel", "report", "predict", "rm",
-            "pools", "doctor", "dashboard", "gc")  # fmt: skip
+COMMANDS = ("run", "sweep", "resume", "schema", "list", "status", "trials", "attach", "logs", "cancel", "report",
+            "predict", "rm", "pools", "doctor", "dashboard", "gc")  # fmt: skip
+GOLDEN = Path(__file__).parent / "golden"
 RESULT = {"split": "val", "epoch": 19, "count": 800, "top1": 0.9325, "top5": 0.991, "macro_f1": 0.9301, "loss": 0.7}
 
 
@@ -135,17 +137,20 @@ def test_the_flags_are_these_and_no_others() -> None:
             "--pretrained", "--seed", "--set", "--workers"]  # fmt: skip
     site = ["--gpu", "--max-cost", "--max-hours", "--priority", "--spot"]
     where = ["--cluster", "--context", "--namespace", "--pool-file", "--storage"]
+    search = ["--concurrent", "--refit", "--scheduler", "--search", "--time-limit", "--trials", "--warm-from"]
     assert flags == {
         "run": sorted([*spec, *site, *where, "--detach", "--dry-run", "--output", "--yes"]),
-        "resume": sorted([*where, "--detach", "--epochs", "--max-cost", "--max-hours", "--output", "--set", "--workers",
-                          "--yes"]),
+        "sweep": sorted([*spec, *site, *where, *search, "--detach", "--dry-run", "--output", "--yes"]),
+        "resume": sorted([*where, "--concurrent", "--detach", "--epochs", "--max-cost", "--max-hours", "--output",
+                          "--set", "--time-limit", "--trials", "--workers", "--yes"]),
         "schema": [],
         "list": sorted([*where, "--output"]),
         "status": sorted([*where, "--output"]),
+        "trials": sorted([*where, "--output"]),
         "attach": sorted([*where, "--output"]),
-        "logs": sorted([*where, "--follow", "--rank", "--since", "--tail"]),
+        "logs": sorted([*where, "--follow", "--rank", "--since", "--tail", "--trial"]),
         "cancel": sorted([*where, "--force"]),
-        "report": sorted([*where, "--open"]),
+        "report": sorted([*where, "--open", "--trial"]),
         "predict": ["--output", "--storage", "--top"],
         "rm": sorted([*where, "--yes"]),
         "pools": sorted([*where, "--output"]),
@@ -155,7 +160,10 @@ def test_the_flags_are_these_and_no_others() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("words", [("--help",), ("run", "--data", "sample://digits", "--dry-run"), ("list",)])
+@pytest.mark.parametrize("words", [
+    ("--help",), ("run", "--data", "sample://digits", "--dry-run"), ("list",), ("sweep", "--help"),
+    ("sweep", "--data", "sample://digits", "--dry-run"),
+])  # fmt: skip
 def test_nothing_heavy_is_imported_to_say_what_would_be_done(words: tuple[str, ...]) -> None:
     heavy = ("torch", "ray", "timm", "kubernetes", "boto3", "torchvision", "sklearn", "pandas", "matplotlib", "moto")
     prelude = (
@@ -196,6 +204,134 @@ def test_a_dry_run_as_json_holds_the_spec_and_the_reasons() -> None:
     assert document["spec"]["train"]["epochs"] == 12
     assert document["facts"]["images"] == 1_797
     assert all(choice["why"] for choice in document["choices"])
+
+
+# -- sweeps
+
+
+def sweep(storage: Path, name: str = "s1", trials: int = 2, **outcomes: Outcome) -> Run:
+    """A sweep that was planned as `launch sweep` plans, has trained its trials, and succeeded."""
+    draft = Draft(sweep=True)
+    for key, value in {"name": name, "data.uri": "sample://digits", "sweep.trials": trials}.items():
+        draft.put(key, value, "--test")
+    plan, _ = prepare(draft, find_pool("local"))
+    run = Run(str(storage), name)
+    run.create(plan.spec, plan.to_json())
+    made = [Trial(number, {"optim.lr": 0.1}, outcome=Outcome.FINISHED, epochs=[{"epoch": 1, "top1": 0.9, "loss": 0.1}])
+            for number in range(1, trials + 1)]  # fmt: skip
+    for key, outcome in outcomes.items():
+        made[int(key.removeprefix("trial")) - 1].outcome = outcome
+    Ledger(dict(plan.spec.sweep.objectives if plan.spec.sweep else {}), made).save(run)
+    run.update(status=Status.SUCCEEDED, result=RESULT)
+    return run
+
+
+def test_the_plan_of_a_sweep_is_shown_before_it_is_paid_for() -> None:
+    result = launch("sweep", "--data", "sample://digits", "--name", "s1", "--trials", "12", "--dry-run",
+                    "--time-limit", "90m", "--concurrent", "1", "--set", "resources.cpus_per_worker=1")  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    text = "\n".join(line.rstrip() for line in result.stderr[result.stderr.index("searched  ") :].splitlines()) + "\n"
+    golden = GOLDEN / "sweep_plan.txt"
+    if os.environ.get("RAYLAUNCH_GOLDEN") == "write":
+        golden.write_text(text)
+    assert text == golden.read_text()
+
+
+def test_a_dry_run_of_a_sweep_prints_a_spec_that_gives_the_same_dry_run(tmp_path: Path, storage: Path) -> None:
+    words = ("--data", "sample://digits", "--trials", "8", "--search", "random", "--time-limit", "1.5h", "--refit",
+             "--set", "sweep.space={optim.lr: {loguniform: [1e-3, 1]}, model.freeze: [[], ['conv1']]}")  # fmt: skip
+    first = launch("sweep", *words, "--dry-run")
+    assert first.exit_code == 0, first.stderr
+    (tmp_path / "sweep.yaml").write_text(first.stdout)
+    for command in (("sweep", "sweep.yaml"), ("run", "sweep.yaml"), ("sweep.yaml",)):
+        assert launch(*command, "--dry-run").stdout == first.stdout
+    asked = yaml.safe_load(first.stdout)["sweep"]
+    assert (asked["trials"], asked["search"], asked["time_limit"], asked["refit"]) == (8, "random", 1.5, True)
+    assert list(asked["space"]) == ["optim.lr", "model.freeze"]
+    assert list(storage.iterdir()) == []
+
+
+def test_a_dry_run_of_a_sweep_as_json_holds_the_space_the_reasons_and_the_schedule() -> None:
+    document = json.loads(launch("sweep", "--data", "sample://digits", "--dry-run", "-o", "json").stdout)
+    assert document["searched"].keys() == document["spec"]["sweep"]["space"].keys()
+    assert document["schedule"]["epochs_worst"] == 16 * 12
+    assert document["schedule"]["epochs_expected"] < 16 * 12
+
+
+@pytest.mark.parametrize(("text", "hours"), [("2h", 2), ("90m", 1.5), ("1.5h", 1.5), ("1d", 24), ("30m", 0.5)])
+def test_a_time_is_typed_with_its_unit(text: str, hours: float) -> None:
+    result = launch("sweep", "--data", "sample://digits", "--time-limit", text, "--dry-run")
+    assert yaml.safe_load(result.stdout)["sweep"]["time_limit"] == hours
+
+
+def test_an_empty_sweep_section_makes_a_spec_a_sweep(tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text("data: {uri: sample://digits}\nsweep:\n")
+    assert yaml.safe_load(launch("s.yaml", "--dry-run").stdout)["sweep"]["trials"] == 16
+    (tmp_path / "s.yaml").write_text("data: {uri: sample://digits}\n")
+    assert "sweep" not in yaml.safe_load(launch("s.yaml", "--dry-run").stdout)
+
+
+SWEEP_MISTAKES: list[tuple[str, int, str, str]] = [
+    ("--data pair --trials 4", 2, "--trials: only a sweep has this", "launch sweep … --trials …"),
+    ("run --data pair --no-refit", 2, "--no-refit: only a sweep has this", "launch sweep"),
+    ("--data pair --set sweep.trials=4", 2, "--set sweep.trials: only a sweep has this", "launch sweep"),
+    ("sweep --data pair --search tpe", 2, "--search: sweep.search: should be 'optuna', 'random' or 'grid'", "schema"),
+    ("sweep --data pair --trials 0", 2, "--trials: sweep.trials: should be greater than or equal to 1", "schema"),
+    ("sweep --data pair --time-limit 90", 2, "--time-limit: 90 is not a time", "write 90m, 2h or 1.5h"),
+    ("sweep --data pair --time-limit 0h", 2, "--time-limit: 0h is not a time", "write 90m, 2h or 1.5h"),
+    ("sweep --data pair --concurrent 999 --trials 1000", 2, "999 trials at once, but local can hold", "--concurrent"),
+    ("sweep --data pair --warm-from nobody", 102, "there is no run nobody", "launch list"),
+    ("sweep --data pair --warm-from ./nobody", 2, "there is no such sweep", "the name of one"),
+    ("sweep --data pair --warm-from first", 2, "first is a single training, not a sweep", "launch list"),
+    ("sweep --data pair --warm-from empty", 2, "no trial of empty has a result yet", "leave it out"),
+    ("sweep --data pair --set sweep.space={augment.policy:[x]}", 2, "'x' is not one of none, randaugment", "schema"),
+    ("sweep --data nowhere --set sweep.space={model.name:[resnet5]}", 2, "did you mean resnet50?", "schema"),
+    ("sweep --data nowhere --concurrent 999 --trials 1000", 2, "999 trials at once", "--concurrent"),
+    ("resume s1", 2, "s1 has finished", "launch resume s1 --trials N makes it longer"),
+    ("resume s1 --trials 1", 2, "the sweep has 2 trials already, and cannot have 1", "--trials 2 or more"),
+    ("resume s1 --epochs 20", 2, "the trials of a sweep are all of one length: 12 -> 20", "--warm-from s1"),
+    ("resume s1 --set sweep.search=random", 2, "sweep.search: optuna -> random", "sweep.trials"),
+    ("resume first --trials 4", 2, "first is a single training, not a sweep", "launch sweep"),
+]
+
+
+@pytest.mark.parametrize(("words", "code", "what", "hint"), SWEEP_MISTAKES, ids=[row[0] for row in SWEEP_MISTAKES])
+def test_a_mistake_about_sweeps_is_told_once_before_anything_starts(
+    words: str, code: int, what: str, hint: str, tmp_path: Path, storage: Path
+) -> None:
+    images(tmp_path / "pair", daisy=3, tulip=3)
+    finished(storage)
+    sweep(storage)
+    Ledger({"top1": "max"}).save(sweep(storage, "empty"))
+    before = sorted(folder.name for folder in storage.iterdir())
+    lines = told(launch(*words.split()), code)
+    assert what in "\n".join(lines[:-1])
+    assert hint in lines[-1]
+    assert sorted(folder.name for folder in storage.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "asked", "over"),
+    [
+        ({}, {}, True),
+        ({}, {"sweep.trials": 4}, False),
+        ({}, {"sweep.refit": True}, False),
+        ({"trial2": Outcome.STOPPED, "trial1": Outcome.FAILED}, {}, True),
+        ({"trial2": Outcome.INTERRUPTED}, {}, False),
+        ({"trial1": Outcome.PAUSED}, {}, False),
+    ],
+)
+def test_a_sweep_has_finished_when_all_its_trials_have(
+    storage: Path, outcomes: dict[str, Any], asked: dict[str, Any], over: bool
+) -> None:
+    from launcher.cli import _finished
+
+    run = sweep(storage, **outcomes)
+    draft = Draft()
+    for key, value in asked.items():
+        draft.put(key, value, "--test")
+    plan, _ = prepare_resume(run, draft, find_pool("local"))
+    assert bool(_finished(plan, run)) == over
 
 
 def test_the_schema_is_json() -> None:

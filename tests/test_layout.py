@@ -119,6 +119,24 @@ def test_an_odd_number_of_workers_shares_the_nodes(workers: int, pods: int, each
     assert (made.pods, made.workers, made.gpus) == (pods, each, each)
 
 
+@pytest.mark.parametrize(
+    ("workers", "at_once", "sharing", "pods", "each", "gpus"),
+    [
+        (4, 4, 1, 2, 8, 8), (4, 3, 1, 3, 4, 4), (3, 2, 1, 1, 6, 6), (1, 8, 4, 1, 8, 2), (1, 7, 4, 1, 8, 2),
+        (1, 24, 2, 2, 12, 6), (16, 2, 1, 4, 8, 8), (5, 3, 1, 3, 5, 5),
+    ],
+)  # fmt: skip
+def test_the_trials_of_a_sweep_stay_within_a_pod_where_they_can(
+    workers: int, at_once: int, sharing: int, pods: int, each: int, gpus: int
+) -> None:
+    asked = {**A10G, "resources.node_type": "h100", "resources.spot": True, "resources.workers": workers}
+    searched = {"sweep.concurrent": at_once, "sweep.trials_per_gpu": sharing, "sweep.trials": 40}
+    made = lay_out(make_spec(**asked, **searched), site("gpu-pool"))
+    assert (made.pods, made.workers, made.gpus) == (pods, each, gpus)
+    assert made.cpus == each
+    assert made.price_per_hour == pytest.approx(24.5 * pods * gpus / 8 + 0.12)
+
+
 def test_sixteen_workers_fill_two_nodes_of_eight() -> None:
     spec = make_spec(**{
         "resources.node_type": "h100", "resources.spot": True, "resources.workers": 16, "limits.max_hours": 2.0,

@@ -27,6 +27,7 @@ from launcher.manifest import Submission
 from launcher.operate import manifest_text
 from launcher.pools import Pool
 from launcher.runs import driver_command
+from launcher.site import quantity
 from launcher.spec import NAME_PATTERN, Spec
 from tests.kube.schema import CRD_FOLDER, validator
 from tests.kube.validation import rayjob_error
@@ -124,7 +125,7 @@ def test_the_head_trains_nothing_and_workers_get_what_they_ask_for(case: str) ->
     assert layout is not None
     assert where is not None
     head = job["spec"]["rayClusterSpec"]["headGroupSpec"]
-    assert head["rayStartParams"] == {"num-cpus": "0", "num-gpus": "0"}
+    assert {key: head["rayStartParams"][key] for key in ("num-cpus", "num-gpus")} == {"num-cpus": "0", "num-gpus": "0"}
     for role, template in templates(job).items():
         (container,) = template["spec"]["containers"]
         asked = container["resources"]
@@ -188,6 +189,27 @@ def test_the_spec_and_the_plan_arrive_whole(case: str) -> None:
     assert set(config["data"]) == {"spec.json", "plan.json"}
     assert Spec.model_validate_json(config["data"]["spec.json"]) == CASES[case]().spec
     assert json.loads(config["data"]["plan.json"]) == json.loads(json.dumps(CASES[case]().to_json()))
+
+
+@every_case
+def test_the_head_has_room_for_the_drivers_of_trials_of_several_workers(case: str) -> None:
+    _, job = objects(case)
+    where, made = CASES[case]().pool.site, CASES[case]().spec
+    assert where is not None
+    head = job["spec"]["rayClusterSpec"]["headGroupSpec"]
+    memory = quantity(templates(job)["head"]["spec"]["containers"][0]["resources"]["limits"]["memory"])
+    if case != "sweep":
+        assert "resources" not in head["rayStartParams"]
+        assert memory == quantity(where.head.memory)
+        return
+    assert made.sweep is not None
+    assert (made.sweep.concurrent, made.resources.workers) == (2, 4)
+    assert memory == quantity(where.head.memory) + 2 * 2**30
+    # KubeRay's command is a shell's; Ray wants JSON.
+    words = f"ray start --head --resources={head['rayStartParams']['resources']} --block"
+    found = subprocess.run(["/bin/bash", "-c", f"printf '%s\\n' {words}"], capture_output=True, text=True, check=True)
+    (given,) = (line for line in found.stdout.splitlines() if line.startswith("--resources="))
+    assert json.loads(given.removeprefix("--resources=")) == {"trial": 2}
 
 
 def test_what_earlier_attempts_cost_shortens_this_one() -> None:

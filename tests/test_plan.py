@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from launcher.errors import UserError
 from launcher.plan import CLUSTER_FIELDS, SAMPLE_CHOICES, Plan, count, resolve
 from launcher.pools import Pool
-from launcher.spec import Data, Spec, fields
+from launcher.spec import Data, Spec
 
 LAPTOP = Pool("local", cpus=8, memory=16 * 2**30)
 GPUS = Pool("gpu-pool", cpus=64, memory=512 * 2**30, gpus=8, gpu_type="NVIDIA H100", bf16=True)
@@ -99,7 +99,7 @@ def test_a_plan_leaves_nothing_open_keeps_the_users_values_and_is_the_same_again
     workers, batch = spec.resources.workers or 0, spec.train.batch_size or 0
     assert batch >= workers * spec.train.accumulate
     assert not spec.resources.gpus_per_worker or workers <= pool.gpus
-    assert [choice.key for choice in made.choices] == list(fields())
+    assert [choice.key for choice in made.choices] == list(spec.flat())
     assert all(choice.why for choice in made.choices)
     assert {choice.key for choice in made.choices if choice.source == "you"} == {"data.uri", *asked}
     assert {choice.key for choice in made.choices if choice.source == "chosen"} == {*OPEN} - {*STAY_OPEN} - {*asked}

@@ -23,6 +23,7 @@ from launcher.site import read_site
 from launcher.spec import valid_name
 from launcher.specfile import Draft
 from launcher.storage import cache_folder
+from launcher.sweeps import Ledger, Trial
 
 POOL = Pool("local", cpus=4, memory=2**33)
 
@@ -212,6 +213,122 @@ def test_a_run_directory_that_was_moved_goes_on_where_it_lies(run: Run, tmp_path
     plan, changes = prepare_resume(moved, Draft(), POOL)
     assert changes == {}
     assert plan.spec.storage == str(tmp_path / "moved")
+
+
+# -- sweeps
+
+
+def test_hours_and_cost_of_a_sweep_come_from_an_earlier_run_of_the_same_kind(run: Run, flowers: Path) -> None:
+    asked: dict[str, Any] = {"data__uri": str(flowers), "name": "s1", "sweep__trials": 4, "train__epochs": 10}
+    ahead = prepare(draft(**asked), POOL)[0].schedule
+    assert ahead is not None
+    assert (ahead.hours_worst, ahead.speed_of) == (None, ""), "it has not been through an epoch"
+    epochs = [{"seconds": seconds, "eval_seconds": 1.0} for seconds in (30.0, 7.0, 7.0)]
+    run.write_json("metrics.json", {"epochs": epochs})
+    ahead = prepare(draft(**asked), POOL)[0].schedule
+    assert ahead is not None
+    assert ahead.speed_of == "first"
+    # 8 s an epoch on 4 cores are 32 s on one; 4 trials at once of 10 epochs each.
+    assert ahead.hours_worst == pytest.approx(4 * 10 * 32 / 4 / 3600)
+    other = prepare(draft(**{**asked, "data__image_size": 64}), POOL)[0].schedule
+    assert other is not None
+    assert other.hours_worst is None
+
+
+def test_an_earlier_sweep_tells_the_speed_too_and_a_damaged_one_nothing(flowers: Path) -> None:
+    asked: dict[str, Any] = {"data__uri": str(flowers), "sweep__trials": 4, "train__epochs": 10}
+    past = created(prepare(draft(name="past", **asked), POOL)[0])
+    trial = Trial(
+        1, {}, epochs=[{"epoch": 1, "top1": 0.5, "seconds": 40.0}, {"epoch": 2, "top1": 0.6, "seconds": 64.0}]
+    )
+    Ledger({"top1": "max"}, [trial]).save(past)
+    ahead = prepare(draft(name="s1", **asked), POOL)[0].schedule
+    assert ahead is not None
+    assert ahead.hours_worst == pytest.approx(4 * 10 * 32 / 4 / 3600)
+    past.store.write("sweep.json", b"{")
+    assert prepare(draft(name="s1", **asked), POOL)[0].schedule != ahead
+
+
+def test_a_past_sweep_is_found_by_its_name_and_by_its_place(flowers: Path, tmp_path: Path) -> None:
+    past = created(prepare(draft(data__uri=str(flowers), name="past", sweep__trials=4), POOL)[0])
+    Ledger({"top1": "max"}, [Trial(1, {}, epochs=[{"epoch": 1, "top1": 0.5}])]).save(past)
+    for word in ("past", "runs/past", str(tmp_path / "runs" / "past")):
+        made = prepare(draft(data__uri=str(flowers), sweep__warm_from=word), POOL)[0].spec.sweep
+        assert made is not None
+        assert made.warm_from == past.uri
+
+
+@pytest.fixture
+def search(flowers: Path) -> Run:
+    """A sweep of 4 trials, of which 3 have begun."""
+    made = created(prepare(draft(data__uri=str(flowers), name="s1", sweep__trials=4, train__epochs=10), POOL)[0])
+    Ledger({"top1": "max"}, [Trial(number, {}) for number in (1, 2, 3)]).save(made)
+    return made
+
+
+def test_a_resumed_sweep_without_changes_is_the_old_one(search: Run) -> None:
+    plan, changes = prepare_resume(search, Draft(), POOL)
+    assert changes == {}
+    assert plan.spec == search.spec()
+    assert plan.to_json()["choices"] == search.plan()["choices"]
+    assert plan.to_json()["searched"] == search.plan()["searched"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "changes"),
+    [
+        ({"sweep.trials": 64}, {"sweep.trials": (4, 64)}),
+        ({"sweep.trials": 3}, {"sweep.trials": (4, 3), "sweep.concurrent": (4, 3)}),
+        ({"sweep.concurrent": 2}, {"sweep.concurrent": (4, 2), "resources.cpus_per_worker": (1, 2)}),
+        ({"sweep.time_limit": 2.0}, {"sweep.time_limit": (None, 2.0)}),
+        ({"sweep.refit": True}, {"sweep.refit": (False, True)}),
+        ({"resources.workers": 2}, {"resources.workers": (1, 2), "sweep.concurrent": (4, 2)}),
+    ],
+)  # fmt: skip
+def test_a_sweep_may_grow_and_shares_the_machine_anew(
+    search: Run, asked: dict[str, Any], changes: dict[str, Any]
+) -> None:
+    plan, found = prepare_resume(search, draft_of(asked), POOL)
+    assert found == changes
+    assert plan.spec.fingerprint() == search.spec().fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("asked", "what"),
+    [
+        ({"sweep.trials": 2}, "the sweep has 3 trials already, and cannot have 2"),
+        ({"train.epochs": 20}, "the trials of a sweep are all of one length: 10 -> 20 epochs"),
+        ({"sweep.search": "random"}, "sweep.search: optuna -> random"),
+        ({"sweep.space": {"optim.lr": [0.1]}}, "sweep.space: "),
+        ({"sweep.concurrent": 9}, "9 trials at once, but local can hold 4"),
+    ],
+)
+def test_what_would_make_trials_unlike_is_refused(search: Run, asked: dict[str, Any], what: str) -> None:
+    with pytest.raises(UserError) as raised:
+        prepare_resume(search, draft_of(asked), POOL)
+    assert what in raised.value.what
+    assert raised.value.hint
+
+
+def test_a_grid_keeps_the_trials_it_began_with(flowers: Path) -> None:
+    space = {"optim.lr": [0.1, 0.2, 0.3]}
+    asked = draft(data__uri=str(flowers), name="s1", sweep__search="grid", sweep__space=space, sweep__trials=2)
+    made = created(prepare(asked, POOL)[0])
+    Ledger({"top1": "max"}).save(made)
+    assert prepare_resume(made, Draft(), POOL)[1] == {}
+    extended = prepare_resume(made, draft_of({"sweep.trials": 9}), POOL)[0].spec.sweep
+    assert extended is not None
+    assert extended.trials == 3
+
+
+def test_a_training_does_not_become_a_sweep(run: Run) -> None:
+    with pytest.raises(UserError, match="first is a single training, not a sweep"):
+        prepare_resume(run, draft_of({"sweep.trials": 4}), POOL)
+
+
+def test_what_is_wrong_whatever_the_data_hold_is_said_before_they_are_looked_at() -> None:
+    with pytest.raises(UserError, match="9 trials at once, but local can hold 4"):
+        prepare(draft(data__uri="s3://no-such-bucket/x", sweep__concurrent=9), POOL)
 
 
 # -- the machine

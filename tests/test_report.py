@@ -16,7 +16,8 @@ from launcher.runs import Run, State, Status
 from launcher.spec import Data, Spec
 from tests.report_run import build
 from trainers.card import model_card
-from trainers.report import render, wilson, write
+from trainers.page import wilson
+from trainers.report import render, write
 
 HOSTILE = (
     "<script>alert(1)</script>",

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from launcher.spec import Data, Spec, fields, resumable, valid_name
 
 SPEC = Spec(data=Data(uri="s3://bucket/flowers"))
+SWEEP = SPEC.updated({"sweep.space": {"optim.lr": {"loguniform": [0.001, 0.1]}}})
 
 OTHER: dict[str, Any] = {
     "name": "other",
@@ -23,6 +24,9 @@ OTHER: dict[str, Any] = {
     "augment.crop_scale": [0.2, 0.9],
     "augment.crop_ratio": [1.0, 2.0],
     "model.freeze": ["backbone"],
+    "sweep.space": {"optim.lr": {"choice": [0.1, 0.2]}},
+    "sweep.objectives": {"loss": "min"},
+    "sweep.points": [{"optim.lr": 0.01}],
 }
 """Another value for fields that do not take what `_other` finds."""
 
@@ -32,7 +36,7 @@ def _other(key: str) -> Any:
     if key in OTHER:
         return OTHER[key]
     kinds = [kind for kind in (get_args(fields()[key].annotation) or (fields()[key].annotation,))]
-    kind, value = next(iter(kinds)), SPEC.flat()[key]
+    kind, value = next(iter(kinds)), SWEEP.flat()[key]
     if get_origin(fields()[key].annotation) is Literal:
         return next(choice for choice in kinds if choice != value)
     if get_origin(kind) is Literal:
@@ -42,16 +46,24 @@ def _other(key: str) -> Any:
     if kind is str:
         return "text"
     if kind is int:
-        return 8 if key == "data.image_size" else (value or 0) + 1 if key != "resources.gpus_per_worker" else 1
+        return {"data.image_size": 8, "resources.gpus_per_worker": 1}.get(key, (value or 0) + 1)
     return 0.5 if value != 0.5 else 0.25
 
 
 @pytest.mark.parametrize("key", fields())
 def test_the_fingerprint_changes_with_exactly_what_decides_the_weights(key: str) -> None:
-    changed = SPEC.updated({key: _other(key)})
-    assert changed.flat()[key] != SPEC.flat()[key]
-    assert (changed.fingerprint() == SPEC.fingerprint()) == resumable(key)
+    changed = SWEEP.updated({key: _other(key)})
+    assert changed.flat()[key] != SWEEP.flat()[key]
+    assert (changed.fingerprint() == SWEEP.fingerprint()) == resumable(key)
     assert Spec.model_validate_json(changed.to_json()) == changed
+
+
+def test_a_single_training_does_not_speak_of_sweeps() -> None:
+    assert "sweep" not in SPEC.to_json()
+    assert list(SPEC.flat()) == [key for key in fields() if not key.startswith("sweep.")]
+    assert list(SWEEP.flat()) == list(fields())
+    assert SPEC.fingerprint() != SWEEP.fingerprint()
+    assert Spec.model_validate_json('{"data": {"uri": "s3://bucket/flowers"}, "sweep": null}') == SPEC
 
 
 def test_what_a_resumed_run_may_change_is_this_list() -> None:
@@ -59,7 +71,8 @@ def test_what_a_resumed_run_may_change_is_this_list() -> None:
         "data.max_bad_fraction", "train.epochs", "train.early_stop", "resources.workers", "resources.cpus_per_worker",
         "resources.gpus_per_worker", "resources.node_type", "resources.spot", "resources.priority", "limits.max_hours",
         "limits.max_cost", "limits.start_minutes", "limits.idle_minutes", "checkpoint.every_minutes",
-        "checkpoint.every_epochs", "checkpoint.keep", "storage",
+        "checkpoint.every_epochs", "checkpoint.keep", "sweep.trials", "sweep.concurrent", "sweep.trials_per_gpu",
+        "sweep.time_limit", "sweep.refit", "storage",
     ]  # fmt: skip
 
 
@@ -99,6 +112,13 @@ WRONG: list[tuple[str, Any, str]] = [
     ("train.seed", -1, "greater than or equal to 0"),
     ("train.sed", 1, "not permitted"),
     ("name", "A", "match pattern"),
+    ("sweep.trials", 0, "greater than or equal to 1"),
+    ("sweep.search", "tpe", "'optuna', 'random' or 'grid'"),
+    ("sweep.space", {"optim.lr": {}}, "needs exactly one of loguniform, uniform, quniform, randint, choice, grid"),
+    ("sweep.space", {"optim.lr": {"uniform": [0, 1], "grid": [1]}}, "needs exactly one of .*, not uniform and grid"),
+    ("sweep.space", {"optim.lr": [0.1]}, "object"),
+    ("sweep.objectives", {}, "name at least one"),
+    ("sweep.objectives", {"top1": "most"}, "'max' or 'min'"),
 ]
 
 
@@ -171,6 +191,9 @@ def test_the_schema_is_one_that_editors_take() -> None:
     Draft202012Validator.check_schema(schema)
     check = Draft202012Validator(schema)
     assert check.is_valid(json.loads(SPEC.to_json()))
+    assert check.is_valid(json.loads(SWEEP.to_json()))
+    assert check.is_valid({"data": {"uri": "x"}, "sweep": {"space": {"optim.lr": [0.1, 0.2]}}})
+    assert not check.is_valid({"data": {"uri": "x"}, "sweep": {"space": {"optim.lr": {"logunifrom": [1, 2]}}}})
     assert not check.is_valid({"data": {"uri": "x"}, "train": {"epoch": 3}})
     for section in schema["$defs"].values():
         assert section["additionalProperties"] is False

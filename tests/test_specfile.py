@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from launcher.errors import UserError
+from launcher.space import Domain, Sweep
 from launcher.spec import Spec, fields
 from launcher.specfile import Draft, dump
 
@@ -39,13 +40,14 @@ def given_flags(**values: Any) -> Draft:
     return draft
 
 
-def test_every_mistake_of_a_file_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["mistakes", "sweep_mistakes"])
+def test_every_mistake_of_a_file_is_told_at_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(GOLDEN)
     draft = Draft()
-    draft.read(Path("mistakes.yaml"))
+    draft.read(Path(f"{name}.yaml"))
     with pytest.raises(UserError) as raised:
         draft.spec()
-    assert raised.value.what + "\n" == (GOLDEN / "mistakes.txt").read_text()
+    assert raised.value.what + "\n" == (GOLDEN / f"{name}.txt").read_text()
     assert raised.value.hint == "launch schema prints every field"
     with pytest.raises(UserError) as again:
         draft.spec()
@@ -155,7 +157,8 @@ def test_a_key_that_is_no_name_is_refused(tmp_path: Path) -> None:
     problems = mistakes(read("? [a, b]\n: 1\n3: x\nnull: y\n<<: {a: b}\n'': z\n", tmp_path))
     assert [problem.removeprefix(f"{tmp_path}/spec.yaml:") for problem in problems[:-1]] == [
         "1: a key should be a name", "3: 3: no such field", "4: null: no such field",
-        "5: <<: no such section; the sections are data, model, optim, train, augment, resources, limits, checkpoint",
+        "5: <<: no such section; the sections are data, model, optim, train, augment, resources, limits, checkpoint, "
+        "sweep",
         "6: no such field",
     ]  # fmt: skip
 
@@ -216,6 +219,54 @@ def test_each_mistake_of_set_has_its_words(text: str, problem: str) -> None:
     draft = given_flags()
     draft.assign(text)
     assert mistakes(draft) == [problem]
+
+
+SPACE = "{optim.lr: {loguniform: [1e-3, 1]}, augment.policy: [none, randaugment]}"
+
+
+def test_a_space_is_read_alike_from_a_file_and_from_set(tmp_path: Path) -> None:
+    draft = read(f"data: {{uri: x}}\nsweep:\n  trials: 4\n  space: {SPACE}\n  points: [{{optim.lr: 0.1}}]\n", tmp_path)
+    line = given_flags()
+    for text in ("sweep.trials=4", f"sweep.space={SPACE}", "sweep.points=[{optim.lr: 0.1}]"):
+        line.assign(text)
+    spec = draft.spec()
+    assert line.spec() == spec
+    assert spec.sweep is not None
+    assert spec.sweep.space == {
+        "optim.lr": Domain(loguniform=(0.001, 1.0)),
+        "augment.policy": Domain(choice=("none", "randaugment")),
+    }
+    assert spec.sweep.points == ({"optim.lr": 0.1},)
+    assert read(dump(spec), tmp_path).spec() == spec
+
+
+@pytest.mark.parametrize("text", ["sweep:\n", "sweep: {}\n", "sweep:\n  # trials: 3\n", "sweep.trials: null\n"])
+def test_a_sweep_section_without_a_line_is_a_sweep_with_all_defaults(text: str, tmp_path: Path) -> None:
+    assert read(f"data: {{uri: x}}\n{text}", tmp_path).spec().sweep == Sweep()
+    assert read("data: {uri: x}\n", tmp_path).spec().sweep is None
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("space=3", "--set sweep.space: should be `key: value` lines (is 3)"),
+        ("space={}", "--set sweep.space: names no field; leave it out for the default space"),
+        ("space={optim.lr: {uniform: [0, 1], uniform: [0, 2]}}",
+         "--set sweep.space: sweep.space.optim.lr.uniform: stands twice"),
+        ("space={[a]: 3, optim.lr: [1]}", "--set sweep.space: sweep.space.?: a key should be a name"),
+        ("space={optim.lr: [.nan, 1]}", "--set sweep.space: sweep.space.optim.lr: .nan is not a number for a spec"),
+        ("space={optim.lr: {uniform: [2, 1]}}",
+         "--set sweep.space: sweep.space.optim.lr: uniform: 2 is not less than 1"),
+        ("objectives=top1", '--set sweep.objectives: should be `key: value` lines (is "top1")'),
+        ("points={optim.lr: 1}", '--set sweep.points: should be a list, as in [a, b] (is {"optim.lr": 1})'),
+        ("trials={a: 1}", "--set sweep.trials: a single value is wanted here, not `key: value` lines"),
+        ("trials=0", "--set sweep.trials: should be greater than or equal to 1 (is 0)"),
+    ],
+)  # fmt: skip
+def test_each_mistake_of_a_sweep_has_its_words(text: str, problem: str) -> None:
+    draft = given_flags()
+    draft.assign(f"sweep.{text}")
+    assert problem in mistakes(draft)
 
 
 def test_a_list_can_be_set() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from types import SimpleNamespace
 from typing import Any
 
 from ray import tune
@@ -55,7 +56,9 @@ class Judge(Unstored, TrialScheduler):  # type: ignore[misc]
         return True
 
     def on_trial_add(self, tune_controller: Any, trial: TuneTrial) -> None:
-        self._inner.on_trial_add(tune_controller, trial)
+        # PBT refuses to run beside a searcher, which might learn from settings that it changes; ours does not.
+        pbt = self._sweep.scheduler == "pbt"
+        self._inner.on_trial_add(SimpleNamespace(search_alg=None) if pbt else tune_controller, trial)
         if self._sweep.scheduler in ("asha", "median"):
             self._show(trial, self._trials[trial.trial_id])
 
@@ -69,6 +72,8 @@ class Judge(Unstored, TrialScheduler):  # type: ignore[misc]
         if told_before(mine, result):
             return str(TrialScheduler.CONTINUE)
         verdict = str(self._inner.on_trial_result(tune_controller, trial, result))
+        # PBT gives a trial the whole configuration of a better one, whose number is none of it.
+        trial.config["number"] = mine.number
         if verdict == TrialScheduler.STOP and result["epoch"] < self._epochs:
             self.why[trial.trial_id] = self._reason(result["epoch"])
         self.paused.discard(trial.trial_id)
@@ -105,7 +110,8 @@ class Judge(Unstored, TrialScheduler):  # type: ignore[misc]
 
 def told_before(trial: Trial, result: dict[str, Any]) -> bool:
     """Whether the ledger has the epoch of a result: a trial that was lost tells those of its checkpoint again."""
-    return int(result["epoch"]) <= len(trial.epochs) and settings_in(result) == trial.settings
+    last = trial.epochs[-1]["epoch"] if trial.epochs else 0
+    return int(result["epoch"]) <= int(last) and settings_in(result) == trial.settings
 
 
 def settings_in(result: dict[str, Any]) -> dict[str, Any]:

@@ -136,7 +136,7 @@ class Recorder(Unstored, Callback):  # type: ignore[misc]
         record = {key: result[key] for key in ("epoch", "step", "lr", *METRICS) if key in result}
         if settings != mine.settings:
             # PBT: the state of a better trial was copied, and goes on with other settings.
-            mine.epochs = mine.epochs[: result["epoch"] - 1]
+            mine.epochs = [past for past in mine.epochs if past["epoch"] < result["epoch"]]
             record["settings"] = mine.settings = settings
         before = self._best_value()
         mine.epochs.append(record)

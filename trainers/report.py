@@ -3,39 +3,33 @@
     render(run)   the page as text
     write(run)    renders, stores it in the run directory, returns where
 
-It reads the run directory and nothing else, in whatever state the run is; files that are missing or damaged leave
-out their section. Labels, keys and settings are other people's text: the template escapes all of it. This module
+The page of a sweep is that of `sweep_page`; that of a trial tells which sweep it belongs to. It reads the run directory
+(of a trial, that of its sweep too) and nothing else, in whatever state the run is; files that are missing or damaged
+leave out their section. Labels, keys and settings are other people's text: the template escapes all of it. This module
 computes no metric and never imports torch, ray or timm.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 import re
-from collections.abc import Callable
-from datetime import UTC, datetime
-from importlib import resources
+import shlex
 from typing import Any
 
-import jinja2
 import numpy as np
-from markupsafe import Markup
 
-from launcher.errors import SiteError
+from launcher.errors import LaunchError
 from launcher.runs import Run, State, Status
+from launcher.sweeps import Ledger, Outcome, Trial, command_of, spec_of
+from trainers import sweep_page
 from trainers.curves import curves, finite
+from trainers.page import ROWS, Files, Json, rows_of, table_of, template, wilson
 
 MATRIX_CLASSES = 40
 """Up to this many classes the whole confusion matrix is shown, beyond it only the most confused pairs."""
-ROWS = 1000
-"""The longest table on the page; a page of ten thousand rows helps nobody and opens slowly."""
 MISTAKES = 24
 
-Json = dict[str, Any]
 _THUMBNAIL = re.compile(r"data:image/(jpeg|png);base64,[A-Za-z0-9+/=]+")
-# Control characters break the page, bidirectional ones make a label read as another, surrogates cannot be stored.
-_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def write(run: Run, state: State | None = None) -> str:
@@ -49,14 +43,20 @@ def render(run: Run, state: State | None = None) -> str:
 
     Raises only if there is no such run or its storage cannot be reached.
     """
-    files = _Files(run)
-    state, plan, metrics = state or files.state(), files.read("plan.json"), files.read("metrics.json")
-    final, epochs = _table(metrics, "final"), _rows(metrics, "epochs")
-    settings = files.settings(_rows(plan, "choices"))
-    facts = _table(plan, "facts")
+    if sweep_page.is_sweep(run):
+        return sweep_page.render(run, state)
+    files, trial = Files(run), _trial_of(run)
+    plan, metrics = files.read("plan.json"), files.read("metrics.json")
+    state = state or (_trial_state(trial) if trial else files.state())
+    final, epochs = table_of(metrics, "final"), rows_of(metrics, "epochs")
+    settings = _trial_settings(run, trial, files) if trial else files.settings(rows_of(plan, "choices"))
+    facts = table_of(plan, "facts") or table_of(Files(run.home).read("plan.json"), "facts")
     values = {str(choice.get("key")): choice.get("value") for choice in settings}
     page = {
         "run": run,
+        "title": f"{run.home.name}, trial {trial.number}" if trial else run.name,
+        "trial": trial,
+        "mark": trial.outcome if trial else state.status,
         "state": state,
         "plan": plan,
         "facts": facts,
@@ -66,88 +66,65 @@ def render(run: Run, state: State | None = None) -> str:
         "settings": settings,
         "values": values,
         "headline": files.guard("metrics.json", _headline, final, epochs, facts),
-        "commands": _commands(run.name, state, values.get("train.epochs")),
+        "commands": _trial_commands(run, trial) if trial else _commands(run.name, state, values.get("train.epochs")),
+        "logs": f"launch logs {run.home.name}" + (f" --trial {trial.number}" if trial else ""),
         "curves": files.guard("metrics.json", curves, epochs),
         "confusion": files.guard("metrics.json", _confusion, final),
         "classes": files.guard("metrics.json", _classes, final),
-        "mistakes": [_mistake(row) for row in _rows({"all": files.read("mistakes.json", [])}, "all")[:MISTAKES]],
-        "bad": _rows(files.read("data_report.json"), "bad"),
+        "mistakes": [_mistake(row) for row in rows_of({"all": files.read("mistakes.json", [])}, "all")[:MISTAKES]],
+        "bad": rows_of(files.read("data_report.json"), "bad"),
         "timing": files.guard("metrics.json", _timing, metrics, epochs),
         "attempts": files.attempts(),
         "notes": files.notes,
         "rows": ROWS,
     }
-    return _template().render(page)
+    return template("report.html.j2").render(page)
 
 
-class _Files:
-    """Reads the run directory; what cannot be read becomes a note on the page instead of an error."""
-
-    def __init__(self, run: Run) -> None:
-        self.run = run
-        self.notes: list[str] = []
-
-    def read(self, key: str, default: Any = None) -> Any:
-        default = {} if default is None else default
-        try:
-            document = self.run.read_json(key)
-        except (SiteError, RecursionError):
-            document = ""
-        if document is None or isinstance(document, type(default)):
-            return default if document is None else document
-        return self._damaged(key, default)
-
-    def state(self) -> State:
-        try:
-            return self.run.state()
-        except (SiteError, TypeError, ValueError, KeyError, AttributeError):
-            return self._damaged("state.json", State(Status.PENDING, reason="its state.json cannot be read"))  # type: ignore[no-any-return]
-
-    def settings(self, choices: list[Json]) -> list[Json]:
-        """What was planned; of a run without a plan, its spec."""
-        try:
-            return choices or [{"key": key, "value": value} for key, value in self.run.spec().flat().items()]
-        except (SiteError, ValueError):
-            return self._damaged("spec.json", [])  # type: ignore[no-any-return]
-
-    def attempts(self) -> list[Json]:
-        keys = sorted(entry.key for entry in self.run.store.list("attempts/") if entry.key.endswith(".json"))
-        return [{"number": number, **self.read(key)} for number, key in enumerate(keys[:ROWS], 1)]
-
-    def guard(self, key: str, build: Callable[..., Any], *arguments: Any) -> Any:
-        """What `build` makes, or None when the content of the file is not what it should be."""
-        try:
-            return build(*arguments)
-        except (TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError):
-            return self._damaged(key, None)
-
-    def _damaged(self, key: str, default: Any) -> Any:
-        if (note := f"{key} is damaged; what it would show is left out.") not in self.notes:
-            self.notes.append(note)
-        return default
+def _trial_of(run: Run) -> Trial | None:
+    """The trial whose run directory this is, as its sweep knows it; None for other runs."""
+    try:
+        return Ledger.load(run.home).trial(int(run.name)) if run.home is not run else None
+    except (LaunchError, ValueError):
+        return None
 
 
-def wilson(successes: float, total: float) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson 1927): right for small counts and for shares near 0 or 1."""
-    if not total > 0:
-        return 0.0, 1.0
-    z2 = 1.959963984540054**2
-    share = successes / total
-    middle = (share + z2 / (2 * total)) / (1 + z2 / total)
-    half = math.sqrt(z2 * (share * (1 - share) / total + z2 / (4 * total**2))) / (1 + z2 / total)
-    return max(0.0, middle - half), min(1.0, middle + half)
+def _trial_state(trial: Trial) -> State:
+    status = {Outcome.FINISHED: Status.SUCCEEDED, Outcome.STOPPED: Status.CANCELLED, Outcome.FAILED: Status.FAILED,
+              Outcome.RUNNING: Status.RUNNING, Outcome.INTERRUPTED: Status.INTERRUPTED}  # fmt: skip
+    return State(
+        status.get(trial.outcome, Status.PENDING), trial.reason, started=trial.began, ended=trial.ended,
+        error=trial.error,
+    )  # fmt: skip
+
+
+def _trial_settings(run: Run, trial: Trial, files: Files) -> list[Json]:
+    """The settings of a trial: those that were searched, then those of the sweep's plan, which all trials share."""
+    shared = rows_of(Files(run.home).read("plan.json"), "choices") or files.settings([])
+    shared = [row for row in shared if row.get("key") not in trial.settings and "sweep." not in str(row.get("key"))]
+    origins = {"default": "what launch uses unasked", "point": "a given point"}
+    why = origins.get(trial.origin, "proposed by the search")
+    return [{"key": key, "value": value, "why": why} for key, value in trial.settings.items()] + shared
+
+
+def _trial_commands(run: Run, trial: Trial) -> list[tuple[str, str]]:
+    logs = ("Read its logs", f"launch logs {run.home.name} --trial {trial.number}")
+    try:
+        return [("Train it again by itself", shlex.join(command_of(spec_of(run.home, trial)))), logs]
+    except (LaunchError, ValueError):
+        return [logs]
 
 
 def _headline(final: Json, epochs: list[Json], facts: Json) -> Json | None:
     if final:
         split, epoch, top1, count = final.get("split"), final.get("epoch"), final["top1"], final.get("count")
     elif epochs:
-        best = max(epochs, key=lambda epoch: finite(_table(epoch, "val").get("top1"), -1.0))
+        best = max(epochs, key=lambda epoch: finite(table_of(epoch, "val").get("top1"), -1.0))
         split, epoch, top1, count = "val", best.get("epoch"), best["val"]["top1"], facts.get("val")
     else:
         return None
     total = finite(count, 0.0)
-    support = [finite(row.get("support"), 0.0) for row in _rows(final, "per_class")]
+    support = [finite(row.get("support"), 0.0) for row in rows_of(final, "per_class")]
     known = total > 0 and math.isfinite(top1)
     return {
         "split": {"val": "validation", "test": "test"}.get(str(split), split),
@@ -201,7 +178,7 @@ def _confusion(final: Json) -> Json | None:
 def _classes(final: Json) -> list[Json]:
     """Per-class scores, worst first; a class without held-out images has no score and goes last."""
     rows = []
-    for row in _rows(final, "per_class"):
+    for row in rows_of(final, "per_class"):
         support, recall = finite(row.get("support"), 0.0), finite(row.get("recall"), math.nan)
         known = support > 0 and math.isfinite(recall)
         rows.append({**row, "known": known, "interval": wilson(round(recall * support), support) if known else None})
@@ -216,7 +193,7 @@ def _mistake(row: Json) -> Json:
 
 def _timing(metrics: Json, epochs: list[Json]) -> list[Json]:
     """Where the time went, as parts of the whole."""
-    given = _table(metrics, "timing")
+    given = table_of(metrics, "timing")
     train = finite(given.get("train_seconds"), sum(finite(epoch.get("seconds"), 0.0) for epoch in epochs))
     waited = train * min(max(finite(given.get("data_wait"), 0.0), 0.0), 1.0)
     parts = {
@@ -233,75 +210,3 @@ def _timing(metrics: Json, epochs: list[Json]) -> list[Json]:
         for colour, (part, seconds) in enumerate(parts.items())
         if seconds > total / 1e4
     ]
-
-
-def _table(document: Json, key: str) -> Json:
-    value = document.get(key)
-    return value if isinstance(value, dict) else {}
-
-
-def _rows(document: Json, key: str) -> list[Json]:
-    value = document.get(key)
-    return [row for row in value if isinstance(row, dict)] if isinstance(value, list) else []
-
-
-def _shown(form: Callable[[float], str]) -> Callable[[Any], str]:
-    """A template filter that prints a number with `form`, and what is not a finite number in words."""
-
-    def show(value: Any) -> str:
-        if type(value) not in (int, float):
-            return "–"
-        if isinstance(value, float) and not math.isfinite(value):
-            return "not a number" if math.isnan(value) else "infinite"
-        try:
-            return form(value)
-        except (OverflowError, OSError, ValueError):  # no such date, or beyond what a float holds
-            return "–"
-
-    return show
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 59.95:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
-
-
-def _size(count: float) -> str:
-    steps = int(min(max(math.log10(max(count, 1)) // 3, 0), 4))
-    return f"{count / 1000**steps:.{min(steps, 1)}f} {('B', 'kB', 'MB', 'GB', 'TB')[steps]}"
-
-
-def _setting(value: Any) -> str:
-    if isinstance(value, (list, tuple)):
-        return ", ".join(_setting(item) for item in value) or "none"
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    return "–" if value is None else {"True": "yes", "False": "no"}.get(str(value), str(value))
-
-
-def _printable(value: Any) -> Any:
-    return value if isinstance(value, Markup) else _UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", str(value))
-
-
-@functools.cache
-def _template() -> jinja2.Template:
-    # A key that an older run did not write prints as nothing; it must not cost the page.
-    environment = jinja2.Environment(
-        autoescape=True, finalize=_printable, undefined=jinja2.ChainableUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {
-        "percent": _shown(lambda value: f"{100 * value:.1f}\N{NO-BREAK SPACE}%"),
-        "number": _shown(lambda value: f"{value:.4f}"),
-        "rate": _shown(lambda value: f"{value:.3g}"),
-        "count": _shown(lambda value: f"{value:,.0f}"),
-        "when": _shown(lambda value: f"{datetime.fromtimestamp(value, UTC):%Y-%m-%d %H:%M} UTC"),
-        "duration": _shown(_duration),
-        "size": _shown(_size),
-        "setting": _setting,
-    }
-    return environment.from_string(resources.files("trainers").joinpath("report.html.j2").read_text("utf-8"))

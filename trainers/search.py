@@ -6,7 +6,6 @@ trial that ended. See `trainers.judge` for which trials go on.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 import warnings
@@ -18,7 +17,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from ray.tune.search import Searcher
 
-from launcher.space import Domain, Sweep
+from launcher.space import Domain, Sweep, grid, ordered, own
 from launcher.spec import Spec
 from launcher.sweeps import Ledger, Outcome, Trial
 from trainers.judge import Unstored
@@ -35,13 +34,14 @@ class Sampler:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         # That several samplers of Optuna call a feature of theirs experimental is no news to a user.
         warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-        self.space = _in_order(sweep.space or {})
+        space = sweep.space or {}
+        self.space = {key: space[key] for key in ordered(space)}
         self._sweep, self._objectives, self._seed = sweep, objectives, seed
         directions = [optuna.study.StudyDirection.MAXIMIZE if mode == "max" else optuna.study.StudyDirection.MINIMIZE
                       for mode in objectives.values()]  # fmt: skip
         self.study = optuna.create_study(directions=directions)
         self._asked: dict[int, optuna.Trial] = {}
-        self._grid = grid(self.space) if sweep.search == "grid" else []
+        self._grid = list(grid(space)) if sweep.search == "grid" else []
 
     def propose(self, number: int) -> dict[str, Any] | None:
         """Settings for trial `number`, counted from 1 without those of the user; None when all are tried."""
@@ -57,7 +57,9 @@ class Sampler:
 
     def teach(self, trial: Trial, proposal: int | None = None) -> None:
         """Takes a trial that ended into account; `proposal` is the number it was proposed with in this process."""
-        asked = self._asked.pop(proposal, None) if proposal is not None else None
+        # What PBT has changed on the way is not what was proposed.
+        changed = any("settings" in epoch for epoch in trial.epochs)
+        asked = None if proposal is None or changed else self._asked.pop(proposal, None)
         state, values, steps = self._result(trial)
         if asked is not None:
             for epoch, value in steps.items():
@@ -137,31 +139,6 @@ class Sampler:
             return None
 
 
-def grid(space: dict[str, Domain]) -> list[dict[str, Any]]:
-    """Every combination of the values, fields that do not apply left out, each once."""
-    found: list[dict[str, Any]] = []
-    for values in itertools.product(*(domain.values for domain in space.values())):
-        settings: dict[str, Any] = {}
-        for (key, domain), value in zip(space.items(), values, strict=True):
-            if domain.applies(settings):
-                settings[key] = value
-        if settings not in found:
-            found.append(settings)
-    return found
-
-
-def _in_order(space: dict[str, Domain]) -> dict[str, Domain]:
-    """The space with every field after those that decide whether it is searched."""
-    ordered: dict[str, Domain] = {}
-    left = dict(space)
-    while left:
-        ready = [key for key, domain in left.items() if set(domain.when or {}) <= ordered.keys()]
-        if not ready:
-            raise ValueError(f"the conditions of {', '.join(left)} go round in a circle")
-        ordered |= {key: left.pop(key) for key in ready}
-    return ordered
-
-
 def _distribution(domain: Domain) -> BaseDistribution:
     if domain.finite:
         # Optuna knows no lists; the place of a value stands for it.
@@ -187,7 +164,7 @@ def _value(domain: Domain, drawn: Any) -> Any:
     if domain.finite:
         return domain.values[drawn]
     if domain.kind == "quniform":
-        whole = all(float(number).is_integer() for number in domain.values)
+        whole = float(domain.values[0]).is_integer() and float(domain.values[2]).is_integer()
         return int(drawn) if whole else drawn
     return drawn
 
@@ -255,14 +232,10 @@ class Proposals(Unstored, Searcher):  # type: ignore[misc]
 def first_settings(spec: Spec) -> Iterator[tuple[dict[str, Any], str]]:
     """The settings a plain run would have, in the fields that are searched; then the points of the spec."""
     sweep, flat = spec.sweep or Sweep(), spec.flat()
-    space = _in_order(sweep.space or {})
+    space = sweep.space or {}
 
     def complete(point: dict[str, Any]) -> dict[str, Any]:
-        settings: dict[str, Any] = {}
-        for key, domain in space.items():
-            if domain.applies(settings):
-                settings[key] = point.get(key, flat[key])
-        return settings | {key: value for key, value in point.items() if key not in space}
+        return own(space, {**flat, **point}) | {key: value for key, value in point.items() if key not in space}
 
     yield complete({}), "default"
     for point in sweep.points:

@@ -1,4 +1,4 @@
-"""Five runs on the example pools as the objects that carry them out, for tests of what is submitted."""
+"""Six runs on the example pools as the objects that carry them out, for tests of what is submitted."""
 
 from __future__ import annotations
 
@@ -36,12 +36,18 @@ def _secret_environment() -> Plan:
     return plan(pool("cpu-pool", env_secret="s3-credentials", service_account="trainer", namespace="team-a"))
 
 
+def _two_trials_of_four_workers() -> Plan:
+    asked: dict[str, Any] = {"resources__node_type": "h100", "resources__workers": 4, "limits__max_cost": 200.0}
+    return plan(pool("gpu-pool"), sweep__trials=32, sweep__time_limit=2.0, **asked)
+
+
 CASES = {
     "cpu": _two_cpu_workers,
     "gpu": _one_gpu_on_demand,
     "spot_queue": _two_spot_nodes_in_a_queue,
     "priority": _priority_without_a_queue,
     "secret": _secret_environment,
+    "sweep": _two_trials_of_four_workers,
 }
 
 
