@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,8 @@ def s3_endpoint() -> Iterator[str]:
     """Address of an S3 server of this process (moto), for the whole session."""
     from moto.server import ThreadedMotoServer
 
+    # A line per request would drown everything else that a failed test has to say.
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +15,7 @@ from launcher.journal import Lines
 from launcher.labels import ROLE_LABEL, RUN_LABEL
 from launcher.pools import Place, Pool, find_pool
 from launcher.runs import Run, State
+from tests.kube import patience
 from tests.tiny import new_run
 
 LONG = {"train__epochs": 300}
@@ -94,11 +93,8 @@ def planned(ground: Ground, name: str, **settings: Any) -> Run:
 
 def until(true: Callable[[], bool], seconds: float = 120.0, every: float = 0.05) -> None:
     """Waits for a condition that other processes bring about."""
-    deadline = time.monotonic() + seconds
-    pause = threading.Event()
-    while not true():
-        assert time.monotonic() < deadline, "it did not come about in time"
-        pause.wait(every)
+    __tracebackhide__ = True
+    patience.until(true, seconds, every=every)
 
 
 def training(run: Run, attempts: int = 1, step: int = 1) -> Callable[[], bool]:

@@ -15,7 +15,10 @@ from launcher.errors import NotFinishedError, UserError
 from launcher.journal import Lines
 from launcher.runs import Run, Status
 from tests.contract.grounds import LONG, Ground, Here, OnCluster, ended, planned, real_cluster, training, until
+from tests.kube.patience import ENOUGH
 from tests.kube.site import Site, processes
+
+pytestmark = pytest.mark.timeout(3000)
 
 
 @pytest.fixture(params=["here", pytest.param("cluster", marks=pytest.mark.slow)])
@@ -50,7 +53,7 @@ def started(ground: Ground, engine: Backend) -> Iterator[Callable[..., Run]]:
     for run in runs:
         if run.exists():
             engine.cancel(run, force=True)
-    until(lambda: not any(ground.holds(run) for run in runs), 180)
+    until(lambda: not any(ground.holds(run) for run in runs), ENOUGH)
 
 
 def test_a_run_goes_on_by_itself_and_is_seen_to_its_end(
@@ -58,11 +61,11 @@ def test_a_run_goes_on_by_itself_and_is_seen_to_its_end(
 ) -> None:
     run = started(train__epochs=1)
     assert not engine.status(run).status.final
-    state = ended(ground.backend(), run)
+    state = ended(ground.backend(), run, ENOUGH)
     assert state.status is Status.SUCCEEDED
     assert state.result["top1"] > 0
     assert engine.status(run) == state, "every machine says the same"
-    until(lambda: not ground.holds(run), 120)
+    until(lambda: not ground.holds(run), ENOUGH)
     assert run.owner() is None
     sources = {source for source, _ in engine.logs(run)}
     assert {"driver", "rank-0"} <= sources
@@ -79,22 +82,22 @@ def test_a_cancelled_run_keeps_a_checkpoint_of_the_step_it_stopped_at_and_goes_o
     ground: Ground, engine: Backend, started: Callable[..., Run]
 ) -> None:
     run = started(**LONG)
-    until(training(run), 300)
+    until(training(run), ENOUGH)
     with pytest.raises(NotFinishedError):
         engine.delete(run)
     with pytest.raises(UserError, match="running already"):
         ground.backend().submit(run)
     engine.cancel(run)
     engine.cancel(run)
-    state = ended(engine, run)
+    state = ended(engine, run, ENOUGH)
     assert state.status is Status.CANCELLED
     step = run.latest_step()
     assert step > 0
     engine.cancel(run)
-    until(lambda: not ground.holds(run), 120)
+    until(lambda: not ground.holds(run), ENOUGH)
     engine.submit(run)
     assert not engine.status(run).status.final, "the old end is no longer its state"
-    until(training(run, attempts=2), 300)
+    until(training(run, attempts=2), ENOUGH)
     starts = [event for event in Lines(run.store, "progress.jsonl").events() if event["event"] == "start"]
     assert starts[1]["step"] == step
 
@@ -103,11 +106,11 @@ def test_a_lost_driver_is_replaced_and_the_run_goes_on_from_its_last_checkpoint(
     ground: Ground, engine: Backend, started: Callable[..., Run]
 ) -> None:
     run = started(**LONG, checkpoint__every_minutes=0.01)
-    until(training(run, step=20), 300)
-    until(lambda: run.latest_step() > 0)
+    until(training(run, step=20), ENOUGH)
+    until(lambda: run.latest_step() > 0, ENOUGH)
     ground.lose_driver(run)
-    until(training(run, attempts=2), 300)
-    until(lambda: engine.status(run).status is Status.RUNNING)
+    until(training(run, attempts=2), ENOUGH)
+    until(lambda: engine.status(run).status is Status.RUNNING, ENOUGH)
     assert engine.status(run).attempt == 2
     starts = [event for event in Lines(run.store, "progress.jsonl").events() if event["event"] == "start"]
     assert starts[1]["step"] > 0
@@ -117,6 +120,6 @@ def test_a_lost_driver_is_replaced_and_the_run_goes_on_from_its_last_checkpoint(
 def test_a_forced_cancel_does_not_wait(ground: Ground, engine: Backend, started: Callable[..., Run]) -> None:
     run = started(**LONG)
     engine.cancel(run, force=True)
-    state = ended(engine, run)
+    state = ended(engine, run, ENOUGH)
     assert state.status is Status.CANCELLED
-    until(lambda: not ground.holds(run), 120)
+    until(lambda: not ground.holds(run), ENOUGH)

@@ -15,10 +15,11 @@ from launcher.backends import Backend
 from launcher.journal import Lines
 from launcher.runs import Run, Status
 from tests.contract.grounds import OnCluster, ended, planned, training, until
+from tests.kube.patience import ENOUGH
 from tests.kube.site import NAMESPACE, POOL, Site, processes
 from tests.tiny import SETTINGS, weights
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]
 
 LENGTH = {"train__epochs": 16, "train__batch_size": 32, "checkpoint__every_minutes": 0.02, "resources__workers": 2}
 
@@ -43,8 +44,8 @@ def engine(ground: OnCluster) -> Backend:
 def undisturbed(ground: OnCluster, engine: Backend) -> Run:
     run = planned(ground, "whole", **LENGTH)
     engine.submit(run)
-    assert ended(engine, run, 600).status is Status.SUCCEEDED
-    until(lambda: not ground.holds(run), 240)
+    assert ended(engine, run, ENOUGH).status is Status.SUCCEEDED
+    until(lambda: not ground.holds(run), ENOUGH)
     return run
 
 
@@ -59,19 +60,19 @@ def test_a_run_that_lost_a_worker_and_its_head_ends_as_if_nothing_had_happened(
     whole = undisturbed(ground, engine)
     broken = planned(ground, "broken", **LENGTH)
     engine.submit(broken)
-    until(training(broken, step=10), 300)
+    until(training(broken, step=10), ENOUGH)
     worker = site.pods("broken", "worker")[0]
-    until(lambda: site.kubelet.kill(worker, signal.SIGKILL, match="RayTrainWorker") > 0, 60)
+    until(lambda: site.kubelet.kill(worker, signal.SIGKILL, match="RayTrainWorker") > 0, ENOUGH)
     again = training(broken, attempts=2)
-    until(again, 300)
+    until(again, ENOUGH)
     site.kubelet.kill(site.pods("broken", "head")[0], signal.SIGKILL)
-    until(training(broken, attempts=3), 300)
-    assert ended(engine, broken, 600).status is Status.SUCCEEDED
+    until(training(broken, attempts=3), ENOUGH)
+    assert ended(engine, broken, ENOUGH).status is Status.SUCCEEDED
     assert broken.attempts() == 2, "a lost worker is the same attempt, a lost head another"
     starts = [event["step"] for event in Lines(broken.store, "progress.jsonl").events() if event["event"] == "start"]
     assert starts[0] == 0 < starts[1] <= starts[2], "it went on each time from a later checkpoint"
     assert_equal(broken, whole)
-    until(lambda: not ground.holds(broken), 240)
+    until(lambda: not ground.holds(broken), ENOUGH)
     assert [
         pod["metadata"]["name"] for pod in site.api.list("pods", NAMESPACE) if pod["status"]["phase"] == "Running"
     ] == []
@@ -85,11 +86,11 @@ def test_a_client_killed_right_after_it_submitted_is_not_missed(site: Site, grou
     client = subprocess.Popen(
         [sys.executable, "-m", "launcher", *words], env=os.environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    until(lambda: site.api.get("rayjobs", NAMESPACE, "alone") is not None, 60, every=0.001)
+    until(lambda: site.api.get("rayjobs", NAMESPACE, "alone") is not None, ENOUGH, every=0.001)
     client.kill()
     client.wait()
     alone = Run(site.storage, "alone")
-    assert ended(engine, alone, 600).status is Status.SUCCEEDED
+    assert ended(engine, alone, ENOUGH).status is Status.SUCCEEDED
     assert_equal(alone, whole)
-    until(lambda: not ground.holds(alone), 240)
+    until(lambda: not ground.holds(alone), ENOUGH)
     assert site.kubelet.gpus_in_use() == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import threading
 from collections.abc import Callable
@@ -47,8 +48,20 @@ def worker_of(run: Run, chance: random.Random) -> psutil.Process | None:
     driver = driver_of(run)
     if driver is None:
         return None
-    workers = [child for child in driver.children(recursive=True) if "RayTrainWorker" in " ".join(child.cmdline())]
+    workers = [child for child in children(driver) if "RayTrainWorker" in " ".join(words(child))]
     return chance.choice(workers) if workers else None
+
+
+def children(process: psutil.Process) -> list[psutil.Process]:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return list(process.children(recursive=True))
+    return []
+
+
+def words(process: psutil.Process) -> list[str]:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return list(process.cmdline())
+    return []
 
 
 def kill(run: Run, times: int, victim: Callable[[int], psutil.Process | None], chance: random.Random) -> int:
@@ -69,8 +82,9 @@ def kill(run: Run, times: int, victim: Callable[[int], psutil.Process | None], c
         pause.wait(chance.uniform(0.0, 2.0))
         process = victim(killed)
         if process is not None:
-            process.kill()
-            killed += 1
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+                killed += 1
     return killed
 
 

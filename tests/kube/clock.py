@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
 
 class Clock:
@@ -39,11 +38,3 @@ class Clock:
     def note(self, uid: str, what: str) -> str:
         """Why it was postponed."""
         return self._notes.get((uid, what), "")
-
-
-def until(condition: Callable[[], object], seconds: float = 20) -> None:
-    """Waits for something to become true; fails the test if it does not."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.02)

@@ -18,6 +18,8 @@ from tests.kube.schema import Object
 SHIM = Path(__file__).with_name("shim.py")
 PROBE_INTERVAL = 0.3
 LONGEST_DELAY = 300.0
+# SIGKILL waits for nothing, but a machine may have much else to do.
+LONGEST_END = 60.0
 
 
 class Container:
@@ -115,14 +117,18 @@ class Container:
         self._restart_at = None
         self.kill()
         if self._shim is not None:
-            self._shim.wait(30)
+            self._shim.wait(LONGEST_END)
             self._note_end()
 
     def processes(self) -> list[psutil.Process]:
         """What runs in it, the main process first."""
-        if self._shim is None or not self.alive():
+        shim = self._shim
+        if shim is None or shim.poll() is not None:
             return []
-        found: list[psutil.Process] = psutil.Process(self._shim.pid).children(recursive=True)
+        try:
+            found: list[psutil.Process] = psutil.Process(shim.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            return []
         return found
 
     def status(self) -> Object:
@@ -141,8 +147,6 @@ class Container:
         self.exit_code = self._shim.wait()
         if self._reader is not None:
             self._reader.join(5)
-        if self._shim.stdout is not None:
-            self._shim.stdout.close()
         self._shim, self._ready = None, False
         began = self._state.get("running", {}).get("startedAt")
         self._state = terminated(self.exit_code, "" if self.exit_code != 128 else "StartError")
@@ -153,6 +157,8 @@ class Container:
 def _copy_output(shim: subprocess.Popen[bytes], log: ContainerLog) -> None:
     """Container output becomes log lines, until the last process that holds the pipe is gone."""
     assert shim.stdout is not None
-    for line in shim.stdout:
-        log.write(line.decode(errors="replace"))
+    # Closed by its reader: whoever closes it from another thread waits for the end of a read that may never end.
+    with shim.stdout:
+        for line in shim.stdout:
+            log.write(line.decode(errors="replace"))
     log.close()

@@ -10,7 +10,9 @@ rest goes on.
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from types import TracebackType
@@ -20,13 +22,17 @@ from tests.kube.batchjob import JobController
 from tests.kube.clock import Clock
 from tests.kube.cluster import Cluster, Objects
 from tests.kube.errors import ApiError
+from tests.kube.evidence import describe
 from tests.kube.kueue import Kueue
+from tests.kube.patience import WATCHED
 from tests.kube.raycluster import RayClusterController
 from tests.kube.rayjob import Dashboards, RayJobController
 from tests.kube.schema import Object
 from tests.kube.store import Key
 
 INTERVAL = 0.1
+# No step waits for anything this long; one that takes longer waits for what will never come.
+LONGEST_STEP = 120.0
 
 
 class Kubelet(Dashboards, Protocol):
@@ -46,6 +52,7 @@ class Loop:
         self.error: Exception | None = None
         self._cluster = cluster
         self._step = step
+        self._began: float | None = None
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
@@ -56,16 +63,40 @@ class Loop:
     def stop(self) -> None:
         """Ends after the present step."""
         self._over.set()
-        self._thread.join(30)
+        self._thread.join(LONGEST_STEP)
+        if self._thread.is_alive() and self.error is None:
+            self.error = RuntimeError(f"the emulation hangs: {self.evidence()}")
+
+    def check(self) -> None:
+        """Raises if the thread has died, or hangs in a step."""
+        if self.error is not None:
+            raise AssertionError(f"the emulation has failed: {self.evidence()}") from self.error
+        if self._step_lasts() > LONGEST_STEP:
+            raise AssertionError(f"the emulation hangs: {self.evidence()}")
+
+    def evidence(self) -> str:
+        """What the thread does."""
+        if self.error is not None:
+            return f"thread {self._thread.name} has died:\n" + "".join(traceback.format_exception(self.error))
+        stack = "".join(traceback.format_stack(sys._current_frames().get(self._thread.ident or 0)))
+        where = "between two steps" if self._began is None else f"{self._step_lasts():.1f} s into a step"
+        return f"thread {self._thread.name} is {where}:\n{stack}"
+
+    def _step_lasts(self) -> float:
+        began = self._began
+        return 0.0 if began is None else time.monotonic() - began
 
     def _run(self) -> None:
         while not self._over.is_set():
             seen = self._cluster.store.version
+            self._began = time.monotonic()
             try:
                 self._step()
-            except Exception as error:  # shown by the test that ends the loop
+            except Exception as error:  # raised by the test's next wait, or by the end of the `with` block
                 self.error = error
                 return
+            finally:
+                self._began = None
             with self._cluster.store.changed:
                 if self._cluster.store.version == seen:
                     self._cluster.store.changed.wait(INTERVAL)
@@ -89,19 +120,33 @@ class Controllers:
     def __enter__(self) -> Self:
         for loop in self._loops:
             loop.start()
+        WATCHED.append(self)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        WATCHED.remove(self)
         for loop in self._loops:
             loop.stop()
-        self.kubelet.close()
+        failures = [loop.error for loop in self._loops if loop.error is not None]
+        try:
+            self.kubelet.close()
+        except Exception as problem:
+            failures.append(problem)
+        for failure in failures:
+            if error is None:
+                raise failure
+            error.add_note("The emulation itself had failed:\n" + "".join(traceback.format_exception(failure)))
+
+    def check(self) -> None:
+        """Raises if a thread of the emulation no longer works."""
         for loop in self._loops:
-            if loop.error is not None and error is None:
-                raise loop.error
-            if loop.error is not None and error is not None:
-                error.add_note("The emulation itself had failed:\n" + "".join(traceback.format_exception(loop.error)))
+            loop.check()
+
+    def evidence(self) -> str:
+        """The cluster, and what the emulation's threads do."""
+        return "\n".join([describe(self._cluster), *(loop.evidence() for loop in self._loops)])
 
     def enable_kueue(self, quota_gpus: int, *, namespace: str = "default", queue: str = "gpu-queue") -> Kueue:
         """Installs Kueue with one queue. RayJobs created afterwards with its label wait for quota."""

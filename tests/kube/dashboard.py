@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import http.client
 import json
 import time
 import urllib.error
@@ -67,3 +68,5 @@ class Dashboard:
         except urllib.error.HTTPError as error:
             error.close()
             raise
+        except (http.client.HTTPException, ValueError) as error:
+            raise ConnectionError(f"the dashboard broke off in the middle of its answer: {error!r}") from error

@@ -13,6 +13,7 @@ import contextlib
 import shutil
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -72,6 +73,8 @@ class ProcessKubelet:
         self._restart_delay = restart_delay
         self._runs: dict[str, PodRun] = {}
         self._ports: dict[tuple[str, str], HeadPorts] = {}
+        # Controllers and kubelet ask for them, each in a thread of its own.
+        self._ports_lock = threading.Lock()
         self._starting = ""
         self._dashboard = Dashboard(cluster)
         for node in nodes:
@@ -100,9 +103,13 @@ class ProcessKubelet:
 
     def close(self) -> None:
         """Kills every process and removes every file."""
-        for run in list(self._runs.values()):
-            self._forget(run)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        runs = list(self._runs.values())
+        for container in [container for run in runs for container in run.containers]:
+            container.kill()
+        with contextlib.ExitStack() as stack:
+            stack.callback(shutil.rmtree, self.folder, ignore_errors=True)
+            for run in runs:
+                stack.callback(self._forget, run)
 
     def gpus_in_use(self, label: str = "") -> int:
         """GPUs of the pods that are not over, of those with matching labels."""
@@ -122,9 +129,12 @@ class ProcessKubelet:
             container.kill()
             return 1
         found = [one for one in container.processes() if match in " ".join(_command_line(one))]
+        hit = 0
         for process in found if match else found[:1]:
-            process.send_signal(number)
-        return len(found) if match else min(1, len(found))
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
+                hit += 1
+        return hit
 
     def lose_node(self, name: str) -> None:
         """A machine is gone (a spot instance reclaimed): its processes die, its pods and its Node object vanish."""
@@ -143,7 +153,7 @@ class ProcessKubelet:
         self._cluster.create("nodes", node.manifest())
 
     def _run(self, pod: str) -> PodRun:
-        return next(run for run in self._runs.values() if run.name == pod)
+        return next(run for run in list(self._runs.values()) if run.name == pod)
 
     def _look(self, pod: Object) -> None:
         run = self._runs.get(pod["metadata"]["uid"])
@@ -269,11 +279,17 @@ class ProcessKubelet:
         name = (pod["metadata"].get("labels") or {}).get("ray.io/cluster")
         if name is None:
             return None
-        return self._ports.setdefault((pod["metadata"]["namespace"], name), HeadPorts())
+        return self._ports_at(pod["metadata"]["namespace"], name)
 
     def _head_ports(self, ray_cluster: Object) -> HeadPorts:
-        metadata = ray_cluster["metadata"]
-        return self._ports.setdefault((metadata["namespace"], metadata["name"]), HeadPorts())
+        return self._ports_at(ray_cluster["metadata"]["namespace"], ray_cluster["metadata"]["name"])
+
+    def _ports_at(self, namespace: str, ray_cluster: str) -> HeadPorts:
+        # No `setdefault`: it would make new ports, and use them up, at every look at a cluster that has its own.
+        with self._ports_lock:
+            if (namespace, ray_cluster) not in self._ports:
+                self._ports[namespace, ray_cluster] = HeadPorts()
+            return self._ports[namespace, ray_cluster]
 
     def _register_services(self, pods: list[Object]) -> None:
         """Services lead to the head that their selector names, as long as there is a head pod."""
@@ -287,7 +303,7 @@ class ProcessKubelet:
             key = (service["metadata"]["namespace"], service["metadata"]["name"])
             target = (key[0], (service["spec"].get("selector") or {}).get("ray.io/cluster"))
             if target in led:
-                self._cluster.service_backends[key] = self._ports[target].backends()
+                self._cluster.service_backends[key] = self._ports_at(*target).backends()
             else:
                 self._cluster.service_backends.pop(key, None)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import itertools
 import random
 import re
 import shlex
@@ -13,17 +14,18 @@ from pathlib import Path
 from tests.kube.cluster import Cluster
 from tests.kube.raypods import PORTS
 
-_BUSY: set[int] = set()
+# Below the range the kernel hands out by itself. In turns, so that a port comes again only after all the others: who
+# got it has long begun to listen on it, or is gone, and a long session does not run out of them.
+_PORTS = random.sample(range(20_000, 32_000), 12_000)
+_TURNS = itertools.cycle(_PORTS)
 
 
 def free_port() -> int:
-    """A port nobody listens on, below the range the kernel hands out by itself; never the same one twice."""
-    while True:
-        port = random.randrange(20_000, 32_000)
-        with socket.socket() as probe:
-            if port not in _BUSY and probe.connect_ex(("127.0.0.1", port)) != 0:
-                _BUSY.add(port)
-                return port
+    """A port nobody listens on, and nobody else was told lately."""
+    for port in itertools.islice(_TURNS, len(_PORTS)):
+        if not answers(port):
+            return port
+    raise RuntimeError(f"something listens on every port from {min(_PORTS)} to {max(_PORTS)}")
 
 
 def answers(port: int) -> bool:
@@ -104,7 +106,8 @@ def _split(flag: str) -> tuple[str, str]:
 
 def _healthy(port: int, path: str) -> bool:
     """Whether an HTTP server answers; with token authentication it may well refuse us."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=1)
+    # Asked only until the first yes, and a dashboard that is just starting on a busy machine takes seconds for it.
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
     try:
         connection.request("GET", path)
         return connection.getresponse().status in (200, 401, 403)

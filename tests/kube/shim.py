@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from types import FrameType
 
 import psutil
@@ -40,6 +41,9 @@ def main(command: list[str]) -> int:
     threading.Thread(target=_watch_stdin, daemon=True).start()
     code = _wait_for(child)
     _kill_descendants()
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
     return code
 
 
@@ -58,14 +62,18 @@ def _watch_stdin() -> None:
 
 
 def _kill_descendants() -> None:
-    while True:
-        left = [one for one in psutil.Process().children(recursive=True) if one.status() != psutil.STATUS_ZOMBIE]
-        if not left:
-            return
+    """Runs in either thread, while the other may reap: any process may vanish, and none is waited for by its number."""
+    while left := [one for one in psutil.Process().children(recursive=True) if _alive(one)]:
         for process in left:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        psutil.wait_procs(left, timeout=0.2)
+        time.sleep(0.02)
+
+
+def _alive(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    return False
 
 
 if __name__ == "__main__":

@@ -13,10 +13,10 @@ import psutil
 import pytest
 
 from tests.kube.apiserver import ApiServer
-from tests.kube.clock import until
 from tests.kube.controllers import Controllers
 from tests.kube.kubelet import ScriptedKubelet, crash_loop, ended, image_pull_failure, unschedulable_pod
 from tests.kube.manifests import QUEUE, rayjob
+from tests.kube.patience import ENOUGH, until
 from tests.kube.podstatus import condition_true
 from tests.kube.processes import ProcessKubelet
 from tests.kube.scheduler import Node
@@ -283,14 +283,16 @@ NODES = [Node("cpu-0"), Node("gpu-0", gpus=1, tainted=True)]
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_real_processes_run_a_job_and_nothing_is_left() -> None:
     with ApiServer() as api:
         kubelet = ProcessKubelet(api, NODES)
-        with Controllers(api, kubelet, speed=20):
+        # At the pace of real life: a faster clock would also shorten what the operator grants the processes.
+        with Controllers(api, kubelet):
             api.create("configmaps", {"metadata": {"name": "code"}, "data": {"submit.py": SUBMITTER}})
-            api.create("rayjobs", rayjob("run", workers=1))
+            api.create("rayjobs", rayjob("run", workers=1, ttlSecondsAfterFinished=1))
 
-            until(lambda: status_of(api).get("jobDeploymentStatus") in ("Complete", "Failed"), 120)
+            until(lambda: status_of(api).get("jobDeploymentStatus") in ("Complete", "Failed"), ENOUGH)
             submitter = api.list("pods", labels="job-name=run")[0]["metadata"]["name"]
             log = [line for _, line in api.lives("default", submitter, "ray-job-submitter")[-1].lines]
             assert (status_of(api)["jobDeploymentStatus"], status_of(api)["jobStatus"]) == ("Complete", "SUCCEEDED"), (
@@ -298,27 +300,28 @@ def test_real_processes_run_a_job_and_nothing_is_left() -> None:
             )
             assert log[0] == "code in True"
             assert "1" in log
-            until(lambda: kubelet.gpus_in_use() == 0 and len(api.list("pods")) == 1, 60)
+            until(lambda: kubelet.gpus_in_use() == 0 and len(api.list("pods")) == 1, ENOUGH)
     assert [one for one in psutil.process_iter() if str(kubelet.folder) in " ".join(_words(one))] == []
     assert not kubelet.folder.exists()
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_new_head_gets_the_address_and_the_workers_of_the_old_one() -> None:
     with ApiServer() as api:
         kubelet = ProcessKubelet(api, NODES)
         with Controllers(api, kubelet):
             api.create(
-                "configmaps", {"metadata": {"name": "code"}, "data": {"submit.py": "import time; time.sleep(600)"}}
+                "configmaps", {"metadata": {"name": "code"}, "data": {"submit.py": "import time; time.sleep(3600)"}}
             )
             api.create("rayjobs", rayjob("run", workers=1))
-            until(lambda: status_of(api).get("jobDeploymentStatus") == "Running", 120)
+            until(lambda: status_of(api).get("jobDeploymentStatus") == "Running", ENOUGH)
             old = api.list("pods", labels="ray.io/node-type=head")[0]["metadata"]["name"]
             kubelet.kill(old, signal.SIGKILL)
-            until(lambda: old not in [pod["metadata"]["name"] for pod in api.list("pods")], 60)
-            until(lambda: _ray_nodes(api) == 2, 120)
+            until(lambda: old not in [pod["metadata"]["name"] for pod in api.list("pods")], ENOUGH)
+            until(lambda: _ray_nodes(api) == 2, ENOUGH)
             worker = api.list("pods", labels="ray.io/node-type=worker")[0]
-            assert worker["status"]["containerStatuses"][0]["restartCount"] == 1
+            assert worker["status"]["containerStatuses"][0]["restartCount"] >= 1
 
 
 def _ray_nodes(api: ApiServer) -> int:

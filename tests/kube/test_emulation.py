@@ -20,10 +20,10 @@ import pytest
 import yaml
 
 from tests.kube.apiserver import ApiServer
-from tests.kube.clock import until
 from tests.kube.controllers import Controllers
 from tests.kube.kubelet import ScriptedKubelet
 from tests.kube.manifests import rayjob
+from tests.kube.patience import until
 from tests.kube.schema import CRD_FOLDER, Object
 
 kubernetes = pytest.importorskip("kubernetes")
