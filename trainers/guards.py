@@ -165,7 +165,8 @@ def classify(error: BaseException) -> LaunchError:
         return SiteError("the GPU has too little memory for this batch", where="train.batch_size",
                          hint="--set train.accumulate=2 halves what is needed at once")  # fmt: skip
     if isinstance(error, MemoryError):
-        return SiteError("the machine has too little memory", hint="fewer workers, or a smaller batch")
+        return SiteError("the machine has too little memory", where="train.batch_size",
+                         hint="fewer workers, or a smaller batch")  # fmt: skip
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return SiteError("no space left on the disk", where=str(error.filename or ""), hint="free some, then resume")
     if "Expected more than 1 value per channel" in text:

@@ -154,6 +154,7 @@ class Recorder(Unstored, Callback):  # type: ignore[misc]
     def on_trial_recover(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:  # noqa: ARG002
         """It was lost, and is tried again."""
         mine = self._mine(trial)
+        log.warning("trial %d was lost and is tried again: %s", mine.number, trial.get_error())
         self._clock(mine)
         mine.retries += 1
         mine.outcome, mine.reason = Outcome.WAITING, "its process was lost; it is tried again"
@@ -190,6 +191,7 @@ class Recorder(Unstored, Callback):  # type: ignore[misc]
                 else:
                     trial.outcome = Outcome.INTERRUPTED
         self._write()
+        self._prune({trial.number for trial in self.ledger.trials if trial.outcome.final})
 
     # -- the ledger
 
@@ -225,20 +227,26 @@ class Recorder(Unstored, Callback):  # type: ignore[misc]
             self.fatal = from_record(failed[0].error or {})
 
     def _tidy(self, trial: Trial) -> None:
-        """Records the end in the trial's own directory, and drops checkpoints that nobody will want."""
+        """Records the end in the trial's own directory, and drops what nobody will want of those before."""
         mine = trial_run(self.run, trial.number)
         ends = {Outcome.FAILED: Status.FAILED, Outcome.STOPPED: Status.CANCELLED}
         mine.set_state(State(ends.get(trial.outcome, Status.SUCCEEDED), reason=trial.reason, created=trial.began or 0.0,
                              started=trial.began, ended=trial.ended, error=trial.error))  # fmt: skip
+        # Its own last checkpoint may still be on its way.
+        self._prune(self._with_checkpoints)
         self._with_checkpoints.add(trial.number)
-        front = {other.number for other in [*self.ledger.front(), *self.ledger.ranked()[:1]]}
-        for number in self._with_checkpoints - front:
+
+    def _prune(self, numbers: set[int]) -> None:
+        """Drops the checkpoints of these trials, but for those that may be the best or are on the Pareto front."""
+        over = [trial for trial in self.ledger.ranked() if trial.outcome.final]
+        wanted = {trial.number for trial in [*self.ledger.front(), *over[:1]]}
+        for number in numbers - wanted:
             store = trial_run(self.run, number).store
             # The manifests go first: a checkpoint is whole or does not count.
             keys = (entry.key for entry in store.list("checkpoints/"))
             for key in sorted(keys, key=lambda key: not key.endswith("manifest.json")):
                 store.delete(key)
-        self._with_checkpoints &= front
+        self._with_checkpoints -= numbers - wanted
 
     def _best_value(self) -> float | None:
         values = [epoch[self._metric] for trial in self.ledger.trials for epoch in trial.epochs

@@ -209,9 +209,11 @@ def tune_trials(
             stop=recorder.stopper(),
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=STRIKES),
+            # Trials write their own checkpoints; Tune's are only for what a scheduler pauses or copies.
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
         ),
     )
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)
     tuner.fit()
 
 

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from ray.tune import PlacementGroupFactory, Trainable
 
-from launcher.errors import DataError, InfrastructureError, LaunchError, SiteError
+from launcher.errors import DataError, InfrastructureError, LaunchError, NonFiniteLossError, SiteError
 from launcher.runs import Run
 from launcher.space import Sweep
 from launcher.spec import Spec
@@ -150,8 +150,10 @@ class TrialActor(Trainable):  # type: ignore[misc]
 
 
 def _concerns_all(error: LaunchError) -> bool:
-    """Whether every other trial would fail alike: data and site are the same for all; memory depends on the batch."""
-    return isinstance(error, (DataError, SiteError)) and error.where != "train.batch_size"
+    """Whether every other trial would fail alike: data and site are the same for all; memory depends on the settings,
+    and so does a loss that is not finite."""
+    own = isinstance(error, NonFiniteLossError) or error.where == "train.batch_size"
+    return isinstance(error, (DataError, SiteError)) and not own
 
 
 def _figures(record: dict[str, Any]) -> dict[str, Any]:
