@@ -106,10 +106,15 @@ class Trial:
         return f"{self.number:04d}"
 
     def best(self, metric: str, mode: str) -> dict[str, Any] | None:
-        """The epoch with the best value of a metric, the first of equals; None before the first epoch."""
+        """The epoch with the best value of a metric, of equals that with the least loss; None if there is none."""
         sign = 1 if mode == "max" else -1
+
+        def rank(epoch: dict[str, Any]) -> tuple[float, float]:
+            loss = _finite(epoch.get("loss"))
+            return sign * epoch[metric], -math.inf if loss is None else -loss
+
         known = [epoch for epoch in self.epochs if _finite(epoch.get(metric)) is not None]
-        return max(known, key=lambda epoch: sign * epoch[metric], default=None)
+        return max(known, key=rank, default=None)
 
     def values(self, objectives: dict[str, str]) -> dict[str, float] | None:
         """The objectives at the epoch that is best by the first of them."""

@@ -210,6 +210,13 @@ def test_epochs_that_a_lost_trial_tells_again_are_not_judged_again() -> None:
     assert verdicts(judge, one, begun, [0.0, 0.0, 0.1]) == [TrialScheduler.STOP]
 
 
+def test_the_default_settings_are_trained_to_the_end_however_they_do() -> None:
+    past = [ended(number, {"optim.lr": number / 100}, *[0.9] * 9) for number in range(1, 6)]
+    default = Trial(6, {"optim.lr": 0.06}, "default")
+    judge, (one,) = judged([default], Ledger(dict(MAX), past))
+    assert verdicts(judge, one, default, [0.1] * 9) == [TrialScheduler.CONTINUE] * 8 + [TrialScheduler.STOP]
+
+
 def test_a_trial_without_figures_is_not_judged() -> None:
     trial = Trial(1, {"optim.lr": 0.1})
     judge, (one,) = judged([trial])

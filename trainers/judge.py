@@ -74,6 +74,9 @@ class Judge(Unstored, TrialScheduler):  # type: ignore[misc]
         verdict = str(self._inner.on_trial_result(tune_controller, trial, result))
         # PBT gives a trial the whole configuration of a better one, whose number is none of it.
         trial.config["number"] = mine.number
+        if verdict == TrialScheduler.STOP and mine.origin == "default" and result["epoch"] < self._epochs:
+            # What a plain run would have come to is worth knowing, and no sweep ends with less.
+            return str(TrialScheduler.CONTINUE)
         if verdict == TrialScheduler.STOP and result["epoch"] < self._epochs:
             self.why[trial.trial_id] = self._reason(result["epoch"])
         self.paused.discard(trial.trial_id)
