@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import signal
 from pathlib import Path
 
 import psutil
@@ -15,7 +14,7 @@ from launcher.pools import find_pool
 from launcher.runs import Run, Status
 from launcher.sweeps import Ledger, Outcome, trial_run
 from tests.contract.grounds import processes_of, until
-from tests.faults.test_kill import driver_of
+from tests.faults.test_kill import children, driver_of, words
 from tests.sweeping import new_sweep, run_to_end
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -67,8 +66,9 @@ def test_a_trial_whose_process_is_killed_goes_on_from_its_checkpoint(tmp_path: P
     local = backend(find_pool("local"))
     local.submit(sweep)
     until(lambda: any(len(trial.epochs) >= 2 for trial in Ledger.load(sweep).trials), 240)
-    actors = [process for process in processes_of(sweep) if "Trainable" in " ".join(process.cmdline())]
-    actors[0].send_signal(signal.SIGKILL)
+    driver = driver_of(sweep)
+    assert driver is not None
+    next(child for child in children(driver) if "Trainable" in " ".join(words(child))).kill()
     until(lambda: local.status(sweep).status.final, 300)
     assert local.status(sweep).status is Status.SUCCEEDED
     ledger = Ledger.load(sweep)
