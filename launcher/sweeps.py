@@ -16,7 +16,7 @@ import io
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -162,8 +162,11 @@ class Ledger:
             raise ValueError("the trials are not numbered 1, 2, …")
 
     def save(self, run: Run) -> None:
-        """Writes sweep.json and leaderboard.csv."""
-        run.write_json("sweep.json", {"schema": SCHEMA, **asdict(self)})
+        """Writes sweep.json, a trial a line, and leaderboard.csv."""
+        head = {"schema": SCHEMA, **{key: value for key, value in vars(self).items() if key != "trials"}}
+        # It is written anew every few seconds; copies and indents would take five times as long.
+        trials = ",\n".join(json.dumps(vars(trial)) for trial in self.trials)
+        run.store.write("sweep.json", f'{json.dumps(head)[:-1]}, "trials": [\n{trials}\n]}}\n'.encode())
         run.store.write("leaderboard.csv", leaderboard_csv(self).encode())
 
     def trial(self, number: int) -> Trial:

@@ -204,7 +204,7 @@ def test_the_head_has_room_for_the_drivers_of_trials_of_several_workers(case: st
         return
     assert made.sweep is not None
     assert (made.sweep.concurrent, made.resources.workers) == (2, 4)
-    assert memory == quantity(where.head.memory) + 2 * 2**30
+    assert memory == quantity(where.head.memory) + 3 * 2**30
     # KubeRay's command is a shell's; Ray wants JSON.
     words = f"ray start --head --resources={head['rayStartParams']['resources']} --block"
     found = subprocess.run(["/bin/bash", "-c", f"printf '%s\\n' {words}"], capture_output=True, text=True, check=True)

@@ -85,11 +85,14 @@ def test_two_submitters_at_once_make_one_job(run: Run, head: Dashboard) -> None:
 
 def test_a_resumed_run_is_a_new_submission(run: Run, head: Dashboard) -> None:
     supervise(run, Time(finish(run, head)), "a")
+    first = run.read_json("submission.json")
     run.update(status=Status.PENDING)
     head.replace()
     supervise(run, Time(finish(run, head)), "b")
     assert head.submissions == 2
-    assert run.read_json("submission.json") == {"id": "b", "times": 1, "strikes": 0, "step": -1}
+    second = run.read_json("submission.json")
+    assert second["began"] > first["began"]
+    assert second == {"id": "b", "began": second["began"], "times": 1, "strikes": 0, "step": -1}
     assert retries(run) == []
 
 

@@ -18,6 +18,7 @@ from launcher.errors import SiteError
 from launcher.journal import Journal
 from launcher.runs import Run, Status
 from launcher.s3 import forget_s3_client
+from launcher.sweeps import trial_run
 from tests.ray_jobs import Dashboard
 from tests.submitting import TOKEN, Scene, Time, failure, finish, new_head, nothing, retries, seal, supervise, together
 from tests.tiny import new_run
@@ -165,17 +166,18 @@ def test_a_run_without_a_sign_of_progress_gives_its_gpus_back(run: Run, head: Da
 
 
 def test_a_run_that_is_slow_is_not_idle(run: Run, head: Dashboard) -> None:
-    """A step an hour, or a checkpoint, or an index that takes its time: any sign will do."""
+    """A step an hour, a checkpoint, an index that takes its time, a step of one trial: any sign will do."""
     journal = Journal(run.store, "progress.jsonl")
     quiet = [nothing] * 120
     scenes = [
         *quiet, lambda: journal.write("step", step=1), *quiet, lambda: seal(run, 5), *quiet,
-        lambda: run.store.write("index.parquet", b"x"), *quiet, finish(run, head),
+        lambda: run.store.write("index.parquet", b"x"), *quiet,
+        lambda: trial_run(run, 7).store.write("progress.jsonl", b"x"), *quiet, finish(run, head),
     ]  # fmt: skip
     moments = Time(*scenes)
     supervise(run, moments, idle_seconds=300)
     journal.close()
-    assert moments.now > 3 * 300
+    assert moments.now > 4 * 300
     assert run.state().status is Status.SUCCEEDED
     assert head.count("POST", "/api/jobs/flowers/stop") == 0
 

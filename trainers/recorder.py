@@ -17,7 +17,7 @@ from ray.tune.experiment import Trial as TuneTrial
 
 from launcher.errors import LaunchError, from_record
 from launcher.journal import Journal
-from launcher.runs import Run, State, Status
+from launcher.runs import STRIKES, Run, State, Status
 from launcher.space import Sweep
 from launcher.spec import Spec
 from launcher.sweeps import METRICS, Ledger, Outcome, Trial, trial_run
@@ -140,6 +140,8 @@ class Recorder(Unstored, Callback):  # type: ignore[misc]
             record["settings"] = mine.settings = settings
         before = self._best_value()
         mine.epochs.append(record)
+        # Only losses in a row, without an epoch between them, are a reason to give a trial up: spot nodes come and go.
+        trial.run_metadata.num_failures = 0
         value = record.get(self._metric)
         better = value is not None and (before is None or (value > before if self._mode == "max" else value < before))
         self.journal.write(
@@ -163,6 +165,9 @@ class Recorder(Unstored, Callback):  # type: ignore[misc]
     def on_trial_complete(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:  # noqa: ARG002
         """It trains no more."""
         mine = self._mine(trial)
+        # Tune would keep them to the end of the sweep, 50 kB a trial, and nobody reads them.
+        trial.metric_analysis.clear()
+        trial.metric_n_steps.clear()
         why = self._judge.why.get(trial.trial_id, "") if self._judge else ""
         if mine.error is not None:
             self._end(mine, Outcome.FAILED, "")
@@ -176,7 +181,7 @@ class Recorder(Unstored, Callback):  # type: ignore[misc]
     def on_trial_error(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:  # noqa: ARG002
         """It was lost too often."""
         mine = self._mine(trial)
-        error = {"kind": "InfrastructureError", "what": f"it was lost {mine.retries + 1} times", "where": "the trial",
+        error = {"kind": "InfrastructureError", "what": f"it was lost {STRIKES} times in a row without an epoch between", "where": "the trial",
                  "hint": f"launch logs {self.run.name} --trial {mine.number}"}  # fmt: skip
         mine.error = mine.error or error
         self._end(mine, Outcome.FAILED, "")

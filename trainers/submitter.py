@@ -113,8 +113,11 @@ class Submitter:
         self.jobs: Jobs | None = None
         self.began = clock()
         known = run.read_json("submission.json") or {}
-        mine: dict[str, Any] = {"id": submission, "times": 0, "strikes": 0, "step": -1}
+        mine: dict[str, Any] = {"id": submission, "began": time.time(), "times": 0, "strikes": 0, "step": -1}
         self.memory = known if known.get("id") == submission else mine
+        if self.memory is mine:
+            # Before there is a driver, which reads when its cluster was up.
+            run.write_json("submission.json", mine)
         self.due: dict[str, int] | None = None
         self.reached = bool(self.memory["times"])
         self.sign: Any = None

@@ -30,7 +30,8 @@ from trainers.search import Proposals, Sampler
 log = logging.getLogger(__name__)
 
 RESERVE = 0.1
-"""Share of a cluster's time cap that is kept for evaluating and exporting the best trial."""
+RESERVE_HOURS = 0.5
+"""Share of a cluster's time cap that is kept for evaluating and exporting the best trial, and its most."""
 
 
 class Search:
@@ -88,9 +89,11 @@ class Search:
         concurrent = min(self.sweep.concurrent or 1, max(left, 1))
         journal.write("sweep", now=True, trials=self.sweep.trials, concurrent=concurrent,
                       epochs=self.spec.train.epochs, done=self.sweep.trials - left)  # fmt: skip
-        if left <= 0 or self._hours_left() <= 0:
+        nothing = left <= 0 or self._hours_left() <= 0
+        if not nothing or (self.spec.resources.workers or 1) > 1 or os.environ.get("RAY_ADDRESS"):
+            session.start(self.spec)
+        if nothing:
             return
-        session.start(self.spec)
         self.run.update(status=Status.RUNNING, reason="", started=self.run.state().started or time.time())
         recorder = Recorder(self.run, self.spec, self.ledger, self.sampler, journal, self._save, self._deadline())
         config = {"sweep": self.run.uri, "attempt": self.attempt}
@@ -100,8 +103,9 @@ class Search:
             tune_trials(self.spec, proposals, recorder, left, concurrent, folder)
         finally:
             recorder.finish()
-            if not folder.startswith("s3://"):
-                shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
+            for entry in list(self.run.store.list("tune/")):
+                self.run.store.delete(entry.key)
         if recorder.fatal is not None:
             raise recorder.fatal
 
@@ -117,8 +121,19 @@ class Search:
         layout = self.run.plan().get("layout")
         if layout:
             # The cluster ends the attempt at its cap, whatever it is doing then.
-            limits.append(layout["max_hours"] * (1 - RESERVE) - (time.time() - self.began) / 3600)
+            gone = (time.time() - self._clock_began(layout["max_hours"])) / 3600
+            limits.append(layout["max_hours"] - min(layout["max_hours"] * RESERVE, RESERVE_HOURS) - gone)
         return min(limits)
+
+    def _clock_began(self, cap: float) -> float:
+        """When the clock of the cluster's cap began, in hours, or somewhat before.
+
+        It runs while nodes are waited for and while a lost head is replaced, but not in a queue; the run directory says
+        when the run was submitted, which was before the queue, and when its cluster was up.
+        """
+        up = float((self.run.read_json("submission.json") or {}).get("began") or self.began)
+        waited = min((self.spec.limits.start_minutes or 0) / 60, cap / 2)
+        return min(self.began, up, max(self.run.state().submitted, up - 3600 * waited))
 
     def _scratch(self) -> str:
         """Where Tune keeps its files, and trials that are paused or copied their state: where all nodes reach it."""
@@ -208,9 +223,9 @@ def tune_trials(
             callbacks=[recorder],
             stop=recorder.stopper(),
             verbose=0,
-            failure_config=tune.FailureConfig(max_failures=STRIKES),
+            failure_config=tune.FailureConfig(max_failures=STRIKES - 1),
             # Trials write their own checkpoints; Tune's are only for what a scheduler pauses or copies.
-            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False, num_to_keep=4),
         ),
     )
     logging.getLogger("ray.tune").setLevel(logging.ERROR)

@@ -70,12 +70,11 @@ class Trainer:
         self.run, self.team, self.began = run, team, began
         self.spec = spec = run.spec()
         self.index = index or index_of(run)
-        self.device = _device(spec)
+        self.device = _device(spec, team.world)
         self._arithmetic()
         self.model = build(spec.model, len(self.index.classes))
         self.preprocess = Preprocess.of(self.model, spec.data.image_size or 224)
-        layout = torch.channels_last if spec.train.channels_last else torch.contiguous_format
-        self.layout = layout
+        self.layout = layout = torch.channels_last if spec.train.channels_last else torch.contiguous_format
         self.model.to(self.device, memory_format=layout)  # type: ignore[call-overload]
         self.frozen_norms = freeze(self.model, spec.model.freeze)
         self.optimizer = optim.sgd(self.model, spec.optim)
@@ -376,15 +375,16 @@ class Trainer:
             self.progress.close()
 
 
-def _device(spec: Spec) -> torch.device:
+def _device(spec: Spec, world: int) -> torch.device:
     if not spec.resources.gpus_per_worker:
         return torch.device("cpu")
-    from ray.train.torch import get_device
-
     if not torch.cuda.is_available():
         raise SiteError("torch sees no GPU", where="resources.gpus_per_worker",
                         hint="check nvidia-smi; --set resources.gpus_per_worker=0 trains on the CPU")  # fmt: skip
-    device: torch.device = get_device()
+    from ray.train.torch import get_device
+
+    # One alone sees only its own GPU; a trial's actor, which is no worker of Ray Train, could not ask either.
+    device: torch.device = get_device() if world > 1 else torch.device("cuda", 0)
     torch.cuda.set_device(device)
     return device
 

@@ -47,13 +47,15 @@ class KubeRayBackend:
 
     def submit(self, run: Run) -> None:
         self._clear_the_way(run)
-        order = Submission(
-            run.spec(), self.pool, run.plan(), run.uri, secrets.token_hex(4), spent=run.spent()
-        )  # fmt: skip
+        order = Submission(run.spec(), self.pool, run.plan(), run.uri, secrets.token_hex(4), spent=run.spent())
+        # What is left of a cost is less each time, and the driver of a sweep must know when the cluster ends it.
+        plan = order.plan | {"layout": order.layout.to_json()}
+        order = replace(order, plan=plan)
         job = order.ray_job()
         # Says what the operator's schema, the quota and the policies of the namespace make of it, before anything is.
         self._create(job, order, dry_run=True)
         run.clear_cancel()
+        run.write_json("plan.json", plan)
         run.update(status=Status.PENDING, reason="", hint="", error=None, ended=None, submitted=time.time())
         self.cluster.create(CONFIG_MAPS, order.config_map())
         try:
