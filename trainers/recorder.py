@@ -15,7 +15,7 @@ from typing import Any
 from ray.tune import Callback, Stopper
 from ray.tune.experiment import Trial as TuneTrial
 
-from launcher.errors import LaunchError, from_record
+from launcher.errors import InfrastructureError, LaunchError, from_record
 from launcher.journal import Journal
 from launcher.runs import STRIKES, Run, State, Status
 from launcher.space import Sweep
@@ -181,9 +181,11 @@ class Recorder(Unstored, Callback):  # type: ignore[misc]
     def on_trial_error(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:  # noqa: ARG002
         """It was lost too often."""
         mine = self._mine(trial)
-        error = {"kind": "InfrastructureError", "what": f"it was lost {STRIKES} times in a row without an epoch between", "where": "the trial",
-                 "hint": f"launch logs {self.run.name} --trial {mine.number}"}  # fmt: skip
-        mine.error = mine.error or error
+        lost = InfrastructureError(
+            f"it was lost {STRIKES} times in a row, without an epoch between", where=f"trial {mine.number}",
+            hint=f"launch logs {self.run.name} --trial {mine.number}",
+        )  # fmt: skip
+        mine.error = mine.error or lost.to_record()
         self._end(mine, Outcome.FAILED, "")
 
     def finish(self) -> None:
