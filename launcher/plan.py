@@ -259,9 +259,9 @@ class _Rules:
             raise UserError(f"{sweep.time_limit:g} h, but limits.max_hours ends the sweep after "
                             f"{self['limits.max_hours']:g} h, without a best model", where="sweep.time_limit",
                             hint="a shorter --time-limit, or a longer --max-hours")  # fmt: skip
-        epochs, part = self["train.epochs"], sweep.reduction**2
-        self.choose("sweep.grace_epochs", max(1, epochs // part),
-                    f"one in {part} of {count(epochs, 'epoch')}: enough to tell bad from good")  # fmt: skip
+        epochs = self["train.epochs"]
+        self.choose("sweep.grace_epochs", math.ceil(epochs / 6),
+                    f"a sixth of {count(epochs, 'epoch')}: sooner, what starts slowly looks bad")  # fmt: skip
         if sweep.space is None:
             space, self.searched = default_space(self.spec.updated(self.values), self.given)
             document = {key: domain.model_dump(mode="json") for key, domain in space.items()}

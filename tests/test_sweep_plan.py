@@ -263,9 +263,9 @@ def test_the_schedule_of_asha_counts_rungs_epochs_hours_and_cost() -> None:
     made = sweep(pool("gpu-pool"), concurrent=4, train__epochs=9, trials=16, limits__max_hours=2.0)
     ahead = made.schedule
     assert ahead is not None
-    assert [rung.epoch for rung in ahead.rungs] == [1, 3]
+    assert [rung.epoch for rung in ahead.rungs] == [2, 6]
     assert ahead.epochs_worst == 16 * 9
-    assert ahead.epochs_expected == pytest.approx(16 + 2 * ahead.rungs[0].survive + 6 * ahead.rungs[1].survive)
+    assert ahead.epochs_expected == pytest.approx(32 + 4 * ahead.rungs[0].survive + 3 * ahead.rungs[1].survive)
     assert (ahead.at_once, ahead.gpus, ahead.hours_worst, ahead.cost_worst) == (4, 4, None, None)
     assert ahead.caps == ("--max-hours after 2 h",)
     timed = schedule(made.spec, made.layout, 4_000, Speed("first", 0.01))

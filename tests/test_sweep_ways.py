@@ -100,6 +100,7 @@ def test_the_refit_sees_the_validation_images_and_says_so(tmp_path: Path) -> Non
     assert "not held-out" in again.store.read("report.html").decode()
 
 
+@pytest.mark.slow
 def test_a_cancelled_sweep_keeps_what_is_done_and_goes_on_where_it_was(tmp_path: Path) -> None:
     sweep = new_sweep(tmp_path, sweep__trials=3, sweep__scheduler="none", train__epochs=8)
     local = backend(find_pool("local"))
