@@ -46,9 +46,10 @@ def site(tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterat
 def use_everything(site: Site) -> None:
     """Each command once, on a run that waits, runs, and is cancelled."""
     run = planned(site)
+    # Before there are pods: workers that were once ready would make it a run that trains.
+    site.kubelet.play("worker", crash_loop())
     engine(site).submit(run)
     watching = engine(site)
-    site.kubelet.play("worker", crash_loop())
     until(lambda: "crash" in watching.status(run).reason)
     watches = {("", "events", "watch"), ("kueue.x-k8s.io", "workloads", "watch")}
     until(lambda: bool(watching.status(run)) and watches <= requested(site))
