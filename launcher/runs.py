@@ -42,6 +42,8 @@ from launcher.storage import Store, open_store
 SCHEMA = 1
 STRIKES = 3
 """What was lost is tried again until this many losses in a row came without a new checkpoint between them."""
+FIGURES = ("split", "epoch", "count", "top1", "top5", "macro_f1", "loss", "trial", "trials")
+"""Of the final evaluation, what state.json tells; the last two of a sweep only."""
 LEASE_SECONDS = 60.0
 """A lease that was not confirmed for this long no longer counts."""
 
@@ -294,6 +296,11 @@ class Run:
     def metrics(self) -> dict[str, Any]:
         """metrics.json: {"epochs": [one dict per epoch], "final": {...}}; empty before the first epoch ends."""
         return self._json("metrics.json") or {}
+
+    def figures(self) -> dict[str, Any]:
+        """What state.json tells of the final evaluation; empty before it."""
+        final = self.metrics().get("final", {})
+        return {key: final[key] for key in FIGURES if key in final}
 
     def write_json(self, key: str, document: Any) -> None:
         self.store.write(key, _pretty(document))

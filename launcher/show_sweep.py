@@ -16,7 +16,6 @@ from rich.text import Text
 from launcher import show
 from launcher.backends import Backend
 from launcher.errors import printable
-from launcher.journal import Lines
 from launcher.plan import count
 from launcher.runs import Run, State, Status
 from launcher.show import say, seconds, typed
@@ -112,7 +111,7 @@ def status_text(run: Run, state: State, console: Console) -> None:
     say(console, "search", f"{count(search.trials, 'trial')} proposed by {search.search}"
                            + stops.get(search.scheduler, f", stopped early by {search.scheduler}"))  # fmt: skip
     say(console, "trials", tally(ledger, search.trials))
-    say(console, "time", _time(run, state, ledger, spec))
+    say(console, "time", _time(state, ledger, spec))
     show.cost_line(run, console)
     if not state.status.final and (best := ledger.winner()):
         say(console, "best", best_line(ledger, best))
@@ -149,12 +148,11 @@ def best_line(ledger: Ledger, trial: Trial) -> str:
     return f"trial {trial.number}: {figures} at epoch {epoch.get('epoch')}"
 
 
-def _time(run: Run, state: State, ledger: Ledger, spec: Spec) -> str:
-    known = [event for event in Lines(run.store, "progress.jsonl").events() if event["event"] == "sweep"]
+def _time(state: State, ledger: Ledger, spec: Spec) -> str:
     text = f"{count(ledger.epochs(), 'epoch')} trained"
     if state.started:
         text = f"{seconds((state.ended or time.time()) - state.started)}, {text}"
-    left = None if state.status.final else to_go(ledger, spec, known[-1]["concurrent"] if known else 0)
+    left = None if state.status.final else to_go(ledger, spec, (spec.sweep.concurrent or 0) if spec.sweep else 0)
     return text if left is None else f"{text}; about {seconds(left)} to go"
 
 

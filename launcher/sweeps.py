@@ -23,7 +23,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from launcher.errors import NotFoundError, SiteError
-from launcher.runs import Run
+from launcher.runs import Run, State, Status
 from launcher.spec import Spec, fields
 
 SCHEMA = 1
@@ -104,6 +104,15 @@ class Trial:
     @property
     def name(self) -> str:
         return f"{self.number:04d}"
+
+    def state(self) -> State:
+        """Where it stands, in the words of runs."""
+        words = {Outcome.FINISHED: Status.SUCCEEDED, Outcome.STOPPED: Status.CANCELLED, Outcome.FAILED: Status.FAILED,
+                 Outcome.RUNNING: Status.RUNNING, Outcome.INTERRUPTED: Status.INTERRUPTED}  # fmt: skip
+        return State(
+            words.get(self.outcome, Status.PENDING), self.reason, created=self.began or 0.0, started=self.began,
+            ended=self.ended, error=self.error,
+        )  # fmt: skip
 
     def best(self, metric: str, mode: str) -> dict[str, Any] | None:
         """The epoch with the best value of a metric, of equals that with the least loss; None if there is none."""

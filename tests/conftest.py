@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from launcher.s3 import forget_s3_client, s3_client
+from tests.kube.apiserver import ApiServer
 
 _numbers = itertools.count()
 
@@ -63,3 +64,11 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "folder":
         return str(tmp_path / "storage")
     return f"{request.getfixturevalue('bucket')}/some/prefix"
+
+
+@pytest.fixture
+def api() -> Iterator[ApiServer]:
+    """An emulated API server with a namespace `team`."""
+    with ApiServer() as server:
+        server.add_namespace("team")
+        yield server

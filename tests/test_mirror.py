@@ -23,13 +23,6 @@ SOON = 20.0
 
 
 @pytest.fixture
-def api() -> Iterator[ApiServer]:
-    with ApiServer() as server:
-        server.add_namespace("team")
-        yield server
-
-
-@pytest.fixture
 def cluster(api: ApiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cluster:
     """A connection, and pauses that a test can wait for."""
     monkeypatch.setenv("KUBECONFIG", str(api.kubeconfig(tmp_path, namespace="team")))

@@ -197,6 +197,16 @@ class Stage:
         return run.state()
 
 
+class Flaky(Stage):
+    """Loses the storage with the last scene, and finds the run over when that is back."""
+
+    def status(self, run: Run) -> State:
+        try:
+            return super().status(run)
+        except StopIteration:
+            return run.update(status=Status.SUCCEEDED)
+
+
 def _scenes(run: Run) -> Iterator[None]:
     record = run.metrics()["epochs"][0]
     start = {"event": "start", "step": 0, "steps_per_epoch": 25, "epochs": 2, "workers": 2, "device": "NVIDIA H100"}
@@ -261,13 +271,6 @@ def test_a_storage_that_is_out_of_reach_does_not_end_the_view(tmp_path: Path) ->
         run.update(status=Status.STARTING)
         yield
         raise InfrastructureError("S3 answered SlowDown", where="s3://b/x")
-
-    class Flaky(Stage):
-        def status(self, run: Run) -> State:
-            try:
-                return super().status(run)
-            except StopIteration:
-                return run.update(status=Status.SUCCEEDED)
 
     console, run = page(), build(tmp_path, Status.RUNNING)
     state = Viewer(run, Flaky(run, scenes(run)), console).watch(sleep=lambda _: None)  # type: ignore[arg-type]

@@ -22,7 +22,7 @@ from launcher.show_sweep import Viewer, board, to_go
 from launcher.sweeps import Ledger, Outcome, Trial, leaderboard, leaderboard_csv, trial_run
 from tests.report_run import build as build_single
 from tests.sweep_run import BEGAN, build
-from tests.test_show import GOLDEN, MARKUP, Stage, _journal, page, text
+from tests.test_show import GOLDEN, MARKUP, Flaky, Stage, _journal, page, text
 
 TWO = {"top1": "max", "images_per_second": "max"}
 
@@ -242,13 +242,6 @@ def test_on_a_terminal_running_trials_are_shown_below_the_best_and_all_fits(tmp_
 
 
 def test_a_storage_that_is_out_of_reach_does_not_end_the_view(tmp_path: Path) -> None:
-    class Flaky(Stage):
-        def status(self, run: Run) -> State:
-            try:
-                return super().status(run)
-            except StopIteration:
-                return run.update(status=Status.SUCCEEDED)
-
     def scenes(run: Run) -> Iterator[None]:
         run.update(status=Status.STARTING)
         yield

@@ -155,11 +155,8 @@ class Driver:
 
     def _finish(self, ended: Status, error: LaunchError | None) -> None:
         run = self.run
-        final = run.metrics().get("final", {})
-        keys = ("split", "epoch", "count", "top1", "top5", "macro_f1", "loss", "trial", "trials")
-        result: dict[str, Any] = {key: final[key] for key in keys if key in final}
         told = error.to_record() if error else None
-        state = replace(run.state(), status=ended, reason="", error=told, result=result, ended=time.time())
+        state = replace(run.state(), status=ended, reason="", error=told, result=run.figures(), ended=time.time())
         try:
             from trainers import report
 

@@ -17,7 +17,7 @@ from ray.tune.experiment import Trial as TuneTrial
 
 from launcher.errors import InfrastructureError, LaunchError, from_record
 from launcher.journal import Journal
-from launcher.runs import STRIKES, Run, State, Status
+from launcher.runs import STRIKES, Run
 from launcher.space import Sweep
 from launcher.spec import Spec
 from launcher.sweeps import METRICS, Ledger, Outcome, Trial, trial_run
@@ -31,8 +31,6 @@ HOPELESS = 3
 """If the first so many trials all fail, and none has come to the end of an epoch, the sweep is given up."""
 SAVE_SECONDS = 2.0
 """How often epochs are written to the ledger; begins and ends always are."""
-LOOK_SECONDS = {"s3://": 5.0, "": 1.0}
-"""How often the run directory is asked whether the sweep was cancelled."""
 
 
 class Recorder(Unstored, Callback):  # type: ignore[misc]
@@ -50,8 +48,7 @@ class Recorder(Unstored, Callback):  # type: ignore[misc]
         self._price = (run.plan().get("layout") or {}).get("price_per_hour")
         self._saved = self._looked = 0.0
         self._started: dict[int, tuple[float, float]] = {}
-        self._ended: set[int] = {trial.number for trial in ledger.trials if trial.outcome.final}
-        self._with_checkpoints = set(self._ended)
+        self._with_checkpoints = {trial.number for trial in ledger.over()}
         self._proposals: Proposals | None = None
         self._judge: Judge | None = None
         self._asked = ""
@@ -92,7 +89,7 @@ class Recorder(Unstored, Callback):  # type: ignore[misc]
             return "failed"
         if self._deadline is not None and now >= self._deadline:
             return TIME_IS_UP
-        if now - self._looked < LOOK_SECONDS["s3://" if self.run.uri.startswith("s3://") else ""]:
+        if now - self._looked < (5.0 if self.run.uri.startswith("s3://") else 1.0):
             return ""
         self._looked = now
         try:
@@ -198,7 +195,7 @@ class Recorder(Unstored, Callback):  # type: ignore[misc]
                 else:
                     trial.outcome = Outcome.INTERRUPTED
         self._write()
-        self._prune({trial.number for trial in self.ledger.trials if trial.outcome.final})
+        self._prune({trial.number for trial in self.ledger.over()})
 
     # -- the ledger
 
@@ -214,13 +211,10 @@ class Recorder(Unstored, Callback):  # type: ignore[misc]
                 trial.cost = trial.seconds / 3600 * self._price / (self._sweep.concurrent or 1)
 
     def _end(self, trial: Trial, outcome: Outcome, reason: str) -> None:
-        if trial.number in self._ended:
+        if trial.outcome.final:
             return
-        self._ended.add(trial.number)
         self._clock(trial)
         trial.outcome, trial.reason, trial.ended = outcome, reason, time.time()
-        if outcome is Outcome.FAILED:
-            trial.reason = ""
         best = trial.best(self._metric, self._mode)
         self.journal.write("trial_end", now=True, number=trial.number, outcome=outcome,
                            reason=trial.error["what"] if trial.error else reason,
@@ -229,16 +223,13 @@ class Recorder(Unstored, Callback):  # type: ignore[misc]
         assert self._proposals is not None, "a trial ends after it was proposed"
         self.sampler.teach(trial, self._proposals.proposal_of(trial))
         self._tidy(trial)
-        failed = [trial for trial in self.ledger.trials if trial.outcome is Outcome.FAILED]
+        failed = self.ledger.having(Outcome.FAILED)
         if len(failed) >= HOPELESS and not any(trial.epochs for trial in self.ledger.trials) and self.fatal is None:
             self.fatal = from_record(failed[0].error or {})
 
     def _tidy(self, trial: Trial) -> None:
         """Records the end in the trial's own directory, and drops what nobody will want of those before."""
-        mine = trial_run(self.run, trial.number)
-        ends = {Outcome.FAILED: Status.FAILED, Outcome.STOPPED: Status.CANCELLED}
-        mine.set_state(State(ends.get(trial.outcome, Status.SUCCEEDED), reason=trial.reason, created=trial.began or 0.0,
-                             started=trial.began, ended=trial.ended, error=trial.error))  # fmt: skip
+        trial_run(self.run, trial.number).set_state(trial.state())
         # Its own last checkpoint may still be on its way.
         self._prune(self._with_checkpoints)
         self._with_checkpoints.add(trial.number)

@@ -37,7 +37,7 @@ def refit(sweep: Run, best: Spec, plan: dict[str, Any], attempt: int, began: flo
     if fit(run, spec, attempt, began) != "finished":
         run.set_state(replace(state, status=Status.CANCELLED, ended=time.time()))
         return {}
-    final = {key: value for key, value in run.metrics()["final"].items() if not isinstance(value, (list, dict))}
+    final = run.figures()
     state = replace(state, status=Status.SUCCEEDED, ended=time.time(), result=final)
     report.write(run, state)
     run.set_state(state)

@@ -20,7 +20,7 @@ import numpy as np
 
 from launcher.errors import LaunchError
 from launcher.runs import Run, State, Status
-from launcher.sweeps import Ledger, Outcome, Trial, command_of, spec_of
+from launcher.sweeps import Ledger, Trial, command_of, spec_of
 from trainers import sweep_page
 from trainers.curves import curves, finite
 from trainers.page import ROWS, Files, Json, rows_of, table_of, template, wilson
@@ -47,7 +47,7 @@ def render(run: Run, state: State | None = None) -> str:
         return sweep_page.render(run, state)
     files, trial = Files(run), _trial_of(run)
     plan, metrics = files.read("plan.json"), files.read("metrics.json")
-    state = state or (_trial_state(trial) if trial else files.state())
+    state = state or (trial.state() if trial else files.state())
     final, epochs = table_of(metrics, "final"), rows_of(metrics, "epochs")
     settings = _trial_settings(run, trial, files) if trial else files.settings(rows_of(plan, "choices"))
     facts = table_of(plan, "facts") or table_of(Files(run.home).read("plan.json"), "facts")
@@ -87,15 +87,6 @@ def _trial_of(run: Run) -> Trial | None:
         return Ledger.load(run.home).trial(int(run.name)) if run.home is not run else None
     except (LaunchError, ValueError):
         return None
-
-
-def _trial_state(trial: Trial) -> State:
-    status = {Outcome.FINISHED: Status.SUCCEEDED, Outcome.STOPPED: Status.CANCELLED, Outcome.FAILED: Status.FAILED,
-              Outcome.RUNNING: Status.RUNNING, Outcome.INTERRUPTED: Status.INTERRUPTED}  # fmt: skip
-    return State(
-        status.get(trial.outcome, Status.PENDING), trial.reason, started=trial.began, ended=trial.ended,
-        error=trial.error,
-    )  # fmt: skip
 
 
 def _trial_settings(run: Run, trial: Trial, files: Files) -> list[Json]:

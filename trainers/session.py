@@ -36,8 +36,7 @@ def settle() -> None:
 
 
 def start(spec: Spec) -> None:
-    """Connects to the cluster this driver is in, or starts a Ray of its own."""
-    settle()
+    """Connects to the cluster this driver is in, or starts a Ray of its own; `settle` was called."""
     import ray
 
     address = os.environ.get("RAY_ADDRESS")

@@ -85,7 +85,7 @@ class Search:
                     self.sampler.teach(trial)
 
     def _search(self, journal: Journal) -> None:
-        left = self.sweep.trials - sum(trial.outcome.final for trial in self.ledger.trials)
+        left = self.sweep.trials - len(self.ledger.over())
         concurrent = min(self.sweep.concurrent or 1, max(left, 1))
         journal.write("sweep", now=True, trials=self.sweep.trials, concurrent=concurrent,
                       epochs=self.spec.train.epochs, done=self.sweep.trials - left)  # fmt: skip
@@ -169,10 +169,9 @@ class Search:
         if mine.metrics().get("final") is None:
             again(lambda: fit(mine, mine.spec(), self.attempt, self.began, part="export"))
         metrics = mine.metrics()
-        final = {key: value for key, value in metrics["final"].items() if not isinstance(value, (list, dict))}
         mine.write_json("plan.json", _plan_of(self.run.plan(), best))
         state = State(Status.SUCCEEDED, created=best.began or 0.0, started=best.began, ended=time.time(),
-                      attempt=self.attempt, result=final)  # fmt: skip
+                      attempt=self.attempt, result=mine.figures())  # fmt: skip
         report.write(mine, state)
         mine.set_state(state)
         self._take_model(mine)

@@ -15,13 +15,6 @@ from tests.scripted import Answer, Script, Scripted, kubeconfig
 
 
 @pytest.fixture
-def api() -> Iterator[ApiServer]:
-    with ApiServer() as server:
-        server.add_namespace("team")
-        yield server
-
-
-@pytest.fixture
 def cluster(api: ApiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cluster:
     monkeypatch.setenv("KUBECONFIG", str(kubeconfig(tmp_path / "config", api.url)))
     return Cluster.connect()

@@ -6,8 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -16,29 +14,12 @@ from launcher.journal import Lines
 from launcher.runs import Run, Status
 from tests.contract.grounds import OnCluster, ended, planned, training, until
 from tests.kube.patience import ENOUGH
-from tests.kube.site import NAMESPACE, POOL, Site, processes
+from tests.kube.site import NAMESPACE, POOL, Site
 from tests.tiny import SETTINGS, weights
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]
 
 LENGTH = {"train__epochs": 16, "train__batch_size": 32, "checkpoint__every_minutes": 0.02, "resources__workers": 2}
-
-
-@pytest.fixture
-def site(tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
-    with Site(tmp_path, f"{bucket}/runs", processes) as made:
-        monkeypatch.setenv("KUBECONFIG", str(made.kubeconfig))
-        yield made
-
-
-@pytest.fixture
-def ground(site: Site) -> OnCluster:
-    return OnCluster(site.pool())
-
-
-@pytest.fixture
-def engine(ground: OnCluster) -> Backend:
-    return ground.backend()
 
 
 def undisturbed(ground: OnCluster, engine: Backend) -> Run:

@@ -27,7 +27,7 @@ from launcher.sweeps import Ledger, Outcome
 from tests.contract.grounds import OnCluster, ended, until
 from tests.kube.patience import ENOUGH
 from tests.kube.scheduler import Node
-from tests.kube.site import NAMESPACE, POOL, Site, processes
+from tests.kube.site import NAMESPACE, POOL, Site
 from tests.sweeping import SPACE, new_sweep
 from tests.tiny import SETTINGS
 
@@ -35,23 +35,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]
 
 IMAGES = 16
 """Of each of the ten digits."""
-
-
-@pytest.fixture
-def site(tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
-    with Site(tmp_path, f"{bucket}/runs", processes) as made:
-        monkeypatch.setenv("KUBECONFIG", str(made.kubeconfig))
-        yield made
-
-
-@pytest.fixture
-def ground(site: Site) -> OnCluster:
-    return OnCluster(site.pool())
-
-
-@pytest.fixture
-def engine(ground: OnCluster) -> Backend:
-    return ground.backend()
 
 
 class Requests(logging.Handler):

@@ -36,14 +36,6 @@ RAYJOBS = ("ray.io", "v1", "team", "rayjobs")
 
 
 @pytest.fixture
-def api() -> Iterator[ApiServer]:
-    """A server with a namespace `team`."""
-    with ApiServer() as server:
-        server.add_namespace("team")
-        yield server
-
-
-@pytest.fixture
 def client(api: ApiServer, tmp_path: Path) -> Iterator[Any]:
     """The official client, configured by a kubeconfig file."""
     from kubernetes import config
