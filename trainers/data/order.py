@@ -10,9 +10,15 @@ import numpy as np
 import numpy.typing as npt
 
 Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+
+WINDOW = 32
+"""Parts of the data among which an epoch that reads it part by part is shuffled."""
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
+_PARTS, _COPIES = 1 << 40, 1 << 41
+"""Added to a seed, which is below 2**32, for draws that are independent of those of the seed itself."""
 
 
 def val_count(images: int, fraction: float) -> int:
@@ -26,8 +32,48 @@ def steps_per_epoch(samples: int, batch_size: int) -> int:
 
 
 def permutation(seed: int, epoch: int, n: int) -> Ints:
-    """The order of an epoch: 0..n-1 shuffled, int64 [n]."""
+    """0..n-1 shuffled, int64 [n]."""
     return np.argsort(_words(_mixed(seed, epoch), n), kind="stable").astype(np.int64)
+
+
+def epoch_draws(seed: int, epoch: int, n: int, weights: Floats | None = None, chunks: Ints | None = None) -> Ints:
+    """What an epoch draws, in order: `sample + n * copy`, int64 [n]; without weights each sample once.
+
+    Args:
+        weights: how often each sample is to be drawn, in proportion; positive, float64 [n].
+        chunks: number of the part of the data that holds each sample, int64 [n]. With them, samples of a part come
+            near each other, so that an epoch reads few parts at a time; see `WINDOW`.
+    """
+    draws = np.arange(n, dtype=np.int64)
+    if weights is not None:
+        copies = _copies(seed, epoch, weights)
+        sample = np.repeat(draws, copies)
+        draws = sample + n * (np.arange(n) - (np.cumsum(copies) - copies)[sample])
+    if chunks is None:
+        return draws[permutation(seed, epoch, n)]
+    # Parts in random order, then each sample moved back by a random part of the window.
+    part = chunks[draws % n]
+    turn = np.argsort(permutation(seed ^ _PARTS, epoch, int(chunks.max()) + 1))
+    sequential = draws[np.argsort(turn[part], kind="stable")]
+    window = min(WINDOW * n / len(np.unique(part)), n)
+    moved = np.arange(n) + window * _uniform(_mixed(seed, epoch), n)
+    return sequential[np.argsort(moved, kind="stable")]
+
+
+def _copies(seed: int, epoch: int, weights: Floats) -> Ints:
+    """How often each sample is drawn, n in all: the share of its weight, rounded up or down.
+
+    Systematic resampling (Kitagawa 1996), whose counts vary least, over samples in an order that each epoch shuffles.
+    """
+    n = len(weights)
+    order = permutation(seed ^ _COPIES, epoch, n)
+    # Whole numbers add up to the same sum on every machine.
+    whole = np.cumsum(np.ceil(weights[order] / weights.max() * 2.0**30).astype(np.int64))
+    edges = whole / whole[-1] * n
+    counts = np.diff(np.floor(edges + Draws(_mixed(seed ^ _COPIES, epoch)).random()), prepend=0)
+    copies = np.empty(n, np.int64)
+    copies[order] = counts
+    return copies
 
 
 def step_samples(order: Ints, step: int, steps: int) -> Ints:
@@ -78,9 +124,9 @@ class Draws:
         return values[:count].reshape(shape)
 
 
-def sample_rng(seed: int, epoch: int, row: int) -> Draws:
-    """The generator that augments one sample in one epoch."""
-    return Draws(_mixed(_mixed(seed, epoch), row))
+def sample_rng(seed: int, epoch: int, draw: int) -> Draws:
+    """The generator that augments one sample in one epoch; a sample that is drawn twice has two."""
+    return Draws(_mixed(_mixed(seed, epoch), draw))
 
 
 def _words(state: int, n: int) -> npt.NDArray[np.uint64]:
@@ -89,6 +135,11 @@ def _words(state: int, n: int) -> npt.NDArray[np.uint64]:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
+
+
+def _uniform(state: int, n: int) -> Floats:
+    """The next n outputs as numbers in [0, 1)."""
+    return (_words(state, n) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def _finalise(x: int) -> int:
