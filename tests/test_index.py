@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import random
@@ -19,7 +20,7 @@ from launcher.errors import DataError, LaunchError, UserError
 from launcher.s3 import s3_client
 from launcher.spec import Data
 from launcher.storage import Entry, open_store
-from trainers.data.index import Index, build_index
+from trainers.data.index import Index, Place, build_index
 from trainers.data.order import val_count
 from trainers.data.sample import materialise, sample_facts
 
@@ -214,9 +215,23 @@ def test_a_manifest_may_name_images_anywhere(bucket: str, tmp_path: Path) -> Non
     assert index.classes == ("False", "True")
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_manifest_may_weigh_its_images(tmp_path: Path, kind: str) -> None:
+    fill(str(tmp_path), FLOWERS)
+    weights = ["2", 0.5, " 1e3 ", "", *[1] * 16] if kind != "parquet" else [2.0, 0.5, 1000.0, None, *[1.0] * 16]
+    rows: list[dict[str, object]] = [
+        {"path": key, "label": key[0], "weight": weight} for key, weight in zip(FLOWERS, weights, strict=True)
+    ]
+    (tmp_path / f"all.{kind}").write_bytes(KINDS[kind](rows))
+    index = build_index(Data(uri=str(tmp_path / f"all.{kind}")))
+    assert index.table["weight"].to_pylist() == [2.0, 0.5, 1000.0, None, *[1.0] * 16]
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
+        ("path,label,weight\na,a,0\nb,b,-1\nc,c,x\nd,d,1\ne,e,nan\nf,f,inf\n",
+         "weight of rows 2 (0), 3 (-1), 4 (x), 6 (nan), 7 (inf) is no positive number"),
         ("path,label\n", "no rows"),
         ("", "no rows"),
         ("file,label\na,b\n", "no column path"),
@@ -231,7 +246,7 @@ def test_a_manifest_may_name_images_anywhere(bucket: str, tmp_path: Path) -> Non
         ("path,label\nrose/00.jpg,a\nrose/01.jpg,a\n", "only one class: a"),
         ("path,label\nrose/00.jpg,\xff\n", "cannot be read"),
     ],
-)
+)  # fmt: skip
 def test_what_is_wrong_with_a_manifest_is_named_by_row(place: str, text: str, expected: str) -> None:
     fill(place, FLOWERS)
     open_store(place).write("all.csv", text.encode("latin-1"))
@@ -334,6 +349,36 @@ def test_what_is_saved_is_loaded(place: str, tmp_path: Path) -> None:
     assert (loaded.targets == index.targets).all()
     with pytest.raises(FileNotFoundError):
         Index.load(open_store(place), "other.parquet")
+
+
+def test_an_index_saved_before_images_had_ids_is_loaded(tmp_path: Path) -> None:
+    index = build_index(Data(uri=fill(str(tmp_path / "data"), FLOWERS)))
+    old = Index(index.uri, index.classes, index.table.select(["key", "size", "etag", "label", "split"]), index.ignored)
+    old.save(open_store(tmp_path))
+    assert Index.load(open_store(tmp_path)) == index
+
+
+def test_an_id_names_the_content_by_address_tag_and_offset(place: str) -> None:
+    index = build_index(Data(uri=fill(place, FLOWERS)))
+    row = index.table.to_pylist()[7]
+    assert (row["object"], row["offset"], row["weight"]) == (None, 0, None)
+    address = f"{open_store(place).uri}/{row['key']}"
+    expected = hashlib.blake2b(f"{address}\0{row['etag']}\0{0}".encode(), digest_size=16).digest()
+    assert index.ids[7].tobytes() == row["id"] == expected
+    assert index.ids.shape == (20, 16)
+    assert index.place(7) == Place(open_store(place).uri, row["key"], row["etag"], 0, row["size"])
+    part = Index(index.uri, index.classes, index.table.slice(5))
+    assert (part.ids == index.ids[5:]).all()
+
+
+def test_an_absolute_path_has_the_id_of_its_own_place(tmp_path: Path) -> None:
+    place = fill(str(tmp_path / "data"), FLOWERS)
+    (tmp_path / "lists").mkdir()
+    rows = "".join(f"{place}/{key},{key.split('/')[0]}\n" for key in FLOWERS)
+    (tmp_path / "lists" / "all.csv").write_text("path,label\n" + rows)
+    named, plain = (build_index(Data(uri=uri)) for uri in (str(tmp_path / "lists" / "all.csv"), place))
+    assert (named.ids == plain.ids).all()
+    assert named.place(3) == Place("/", f"{place}/{FLOWERS[3]}"[1:], plain.place(3).etag, 0, plain.place(3).size)
 
 
 def test_the_sample_is_the_same_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import io
 import json
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,13 +20,28 @@ from launcher.errors import DataError, UserError, nearest
 from launcher.runs import Run
 from launcher.spec import Data
 from launcher.storage import Store
-from trainers.data.listing import Listing, Sample, few, list_images
+from trainers.data.layouts import find_images
+from trainers.data.listing import Listing, complete, few, locate
 from trainers.data.order import val_count
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 SPLITS = ("train", "val", "test")
+ID_BYTES = 16
+
+
+class Place(NamedTuple):
+    """Where an image's bytes are: `size` bytes from `offset` on, in the object `key` of the store at `uri`.
+
+    In a Parquet file, `offset` is the number of the row and `size` an estimate. An empty `etag` is not to be checked.
+    """
+
+    uri: str
+    key: str
+    etag: str
+    offset: int
+    size: int
 
 
 @dataclass(frozen=True)
@@ -37,7 +52,16 @@ class Index:
         uri: root that relative keys hang from: a folder, an s3:// prefix or sample://NAME. Keys that are
             absolute paths or s3:// addresses stand alone.
         classes: names of the classes, sorted; the position is the class id.
-        table: one row per image, columns key, size (bytes), etag (empty: not to be checked), label, split.
+        table: one row per image, sorted by key, each column in one piece:
+            key: what the image is called; without an `object` also where it lies.
+            object: the object that holds it among others (a tar shard, a Parquet file), or null.
+            offset: its first byte in the object, int64; in a Parquet file the number of its row.
+            size: bytes of the image itself, int64; in a Parquet file an estimate.
+            etag: tag of the object that holds it; empty: not to be checked.
+            label: name of the class.
+            split: train, val or test.
+            weight: how often to draw it in training, 1 being usual, float64; null where the data does not say.
+            id: the content's name in caches, 16 bytes: blake2b of "{address of the object}\\0{etag}\\0{offset}".
         ignored: number of files that are no images.
     """
 
@@ -54,6 +78,20 @@ class Index:
 
         ids = pc.index_in(self.table["label"], value_set=pa.array(self.classes, pa.string()))
         return np.asarray(ids.to_numpy(), np.int64)
+
+    @property
+    def ids(self) -> npt.NDArray[np.uint8]:
+        """The column `id`, uint8 [n, 16], not copied."""
+        column = self.table["id"].combine_chunks()
+        column = column.chunk(0) if hasattr(column, "chunk") else column
+        words = np.frombuffer(column.buffers()[1], np.uint8, len(column) * ID_BYTES, column.offset * ID_BYTES)
+        return words.reshape(-1, ID_BYTES)
+
+    def place(self, row: int) -> Place:
+        """Where the bytes of a row are."""
+        names = ("key", "object", "etag", "offset", "size")
+        key, holder, etag, offset, size = (self.table[name][row].as_py() for name in names)
+        return Place(*locate(self.uri, key if holder is None else holder), etag, offset, size)
 
     def rows(self, split: str) -> npt.NDArray[np.int64]:
         """Row numbers of a split, ascending, int64."""
@@ -100,11 +138,13 @@ class Index:
 
     @classmethod
     def load(cls, store: Store, key: str = "index.parquet") -> Index:
-        """The index that `save` wrote; `FileNotFoundError` if there is none."""
+        """The index that `save` wrote, by this version or an earlier one; `FileNotFoundError` if there is none."""
         import pyarrow.parquet as pq
 
         table = pq.read_table(io.BytesIO(store.read(key)))
         about = {name.decode(): value.decode() for name, value in table.schema.metadata.items()}
+        if "id" not in table.column_names:
+            table = with_ids(about["uri"], complete(table))
         return cls(
             about["uri"], tuple(json.loads(about["classes"])),
             table.replace_schema_metadata().combine_chunks(), int(about["ignored"]),
@@ -131,15 +171,17 @@ def build_index(data: Data) -> Index:
         DataError: the images, classes or splits are wrong; all problems of one kind are named at once.
         UserError: `data.classes` or `data.val_split` names what is not there.
     """
-    listing = _listing(data)
-    samples, empty = _chosen(listing, data.classes)
+    listing = find_images(data)
+    table, empty = _chosen(listing, data.classes)
     if empty:
         raise DataError(f"{len(empty)} class folders hold no image: {few(empty)}", where=data.uri,
                         hint="fill or delete them, or choose others with data.classes")  # fmt: skip
-    if not any(sample.split == "val" for sample in samples):
-        samples = _held_out(samples, data)
-    trained = {sample.label for sample in samples if sample.split == "train"}
-    strays = sorted({f"{sample.split}/{sample.label}" for sample in samples if sample.label not in trained})
+    table = _sorted(table)
+    if "val" not in table["split"].unique().to_pylist():
+        table = _held_out(table, data)
+    pairs = table.group_by(["split", "label"]).aggregate([]).to_pylist()
+    trained = {pair["label"] for pair in pairs if pair["split"] == "train"}
+    strays = sorted(f"{pair['split']}/{pair['label']}" for pair in pairs if pair["label"] not in trained)
     if strays:
         raise DataError(
             f"{len(strays)} classes have no training image: {few(strays)}", where=data.uri,
@@ -149,24 +191,33 @@ def build_index(data: Data) -> Index:
     if len(classes) < 2:
         raise DataError(f"there is only one class: {classes[0]}", where=data.uri,
                         hint="a classifier needs two or more class folders or labels")  # fmt: skip
-    return Index(listing.uri, classes, _table(samples), listing.ignored)
+    return Index(listing.uri, classes, with_ids(listing.uri, table), listing.ignored)
 
 
-def _listing(data: Data) -> Listing:
-    if not data.uri.startswith("sample://"):
-        return list_images(data.uri, data.val_split)
-    from trainers.data.sample import materialise
+def with_ids(uri: str, table: pa.Table) -> pa.Table:
+    """The table of a listing with the column `id`, each column in one piece."""
+    import pyarrow as pa
 
-    found = list_images(str(materialise(data.uri.removeprefix("sample://"))), data.val_split)
-    # Each machine makes its own copy, so neither the folder nor the time of writing may be held against it.
-    return Listing(data.uri, [sample._replace(etag="") for sample in found.samples], found.ignored, found.empty)
+    parts = []
+    for batch in table.select(["key", "object", "etag", "offset"]).to_batches():
+        words = bytearray()
+        for key, holder, etag, offset in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+            where = key if holder is None else holder
+            address = where if where.startswith(("/", "s3://")) else f"{uri}/{where}"
+            words += hashlib.blake2b(f"{address}\0{etag}\0{offset}".encode(), digest_size=ID_BYTES).digest()
+        parts.append(pa.FixedSizeBinaryArray.from_buffers(pa.binary(ID_BYTES), len(batch), [None, pa.py_buffer(words)]))
+    return table.append_column("id", pa.chunked_array(parts, pa.binary(ID_BYTES))).combine_chunks()
 
 
-def _chosen(listing: Listing, classes: tuple[str, ...] | None) -> tuple[list[Sample], list[str]]:
-    """The samples and the empty folders of the classes that were asked for."""
+def _chosen(listing: Listing, classes: tuple[str, ...] | None) -> tuple[pa.Table, list[str]]:
+    """The rows and the empty folders of the classes that were asked for."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
     if classes is None:
-        return listing.samples, listing.empty
-    known = {sample.label for sample in listing.samples} | {folder.rpartition("/")[2] for folder in listing.empty}
+        return listing.table, list(listing.empty)
+    labels = listing.table["label"]
+    known = {*labels.unique().to_pylist(), *(folder.rpartition("/")[2] for folder in listing.empty)}
     unknown = [name for name in classes if name not in known]
     if unknown:
         hints = [hint for name in unknown if (hint := nearest(name, known))]
@@ -174,44 +225,53 @@ def _chosen(listing: Listing, classes: tuple[str, ...] | None) -> tuple[list[Sam
                         hint=" ".join(hints) or f"the classes are {few(sorted(known))}")  # fmt: skip
     wanted = set(classes)
     return (
-        [sample for sample in listing.samples if sample.label in wanted],
+        listing.table.filter(pc.is_in(labels, value_set=pa.array(sorted(wanted), pa.string()))),
         [folder for folder in listing.empty if folder.rpartition("/")[2] in wanted],
     )
 
 
-def _held_out(samples: list[Sample], data: Data) -> list[Sample]:
-    """The samples with part of the training images as validation split."""
-    held_back = [sample for sample in samples if sample.split == "test"]
-    by_class: dict[str, list[Sample]] = {}
-    for sample in samples:
-        if sample.split != "test":
-            by_class.setdefault(sample.label, []).append(sample)
-    if not by_class:
+def _sorted(table: pa.Table) -> pa.Table:
+    """The rows in the order of their keys, as a listing of S3 already is."""
+    import pyarrow.compute as pc
+
+    keys = table["key"].combine_chunks()
+    if pc.all(pc.less(keys[:-1], keys[1:])).as_py():
+        return table
+    return table.take(pc.sort_indices(keys))
+
+
+def _held_out(table: pa.Table, data: Data) -> pa.Table:
+    """The rows with part of the training images as validation split."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    ours = np.flatnonzero(pc.not_equal(table["split"], "test").to_numpy())
+    if not len(ours):
         raise DataError("there is no training image", where=data.uri, hint="add a split named train")
-    single = sorted(label for label, members in by_class.items() if len(members) == 1)
+    labels = table["label"].take(ours).combine_chunks().dictionary_encode()
+    classes = labels.indices.to_numpy()
+    sizes = np.bincount(classes)
+    single = sorted(labels.dictionary[int(number)].as_py() for number in np.flatnonzero(sizes == 1))
     if single:
         raise DataError(
             f"{len(single)} classes have a single image, which cannot be in training and validation: {few(single)}",
             where=data.uri, hint="add images, or choose other classes with data.classes",
         )  # fmt: skip
-    for members in by_class.values():
-        members.sort(key=lambda sample: hashlib.sha256(sample.key.encode()).digest())
-        count = val_count(len(members), data.val_fraction)
-        held_back += [sample._replace(split="val") for sample in members[:count]]
-        held_back += [sample._replace(split="train") for sample in members[count:]]
-    return held_back
+    held_back = np.array([val_count(int(size), data.val_fraction) for size in sizes])
+    high, low = _hashes(table["key"].take(ours)).T
+    order = np.lexsort((low, high, classes))
+    first = np.cumsum(sizes) - sizes
+    place = np.arange(len(ours)) - first[classes[order]]
+    splits = np.full(len(table), SPLITS.index("test"))
+    splits[ours[order]] = np.where(place < held_back[classes[order]], SPLITS.index("val"), SPLITS.index("train"))
+    column = table.column_names.index("split")
+    return table.set_column(column, "split", pa.array(SPLITS, pa.string()).take(pa.array(splits)))
 
 
-def _table(samples: list[Sample]) -> pa.Table:
-    import pyarrow as pa
-
-    keys, sizes, etags, labels, splits = zip(*sorted(samples), strict=True)
-    return pa.table(
-        {
-            "key": pa.array(keys, pa.string()),
-            "size": pa.array(sizes, pa.int64()),
-            "etag": pa.array(etags, pa.string()),
-            "label": pa.array(labels, pa.string()),
-            "split": pa.array(splits, pa.string()),
-        }
-    )
+def _hashes(keys: pa.ChunkedArray) -> npt.NDArray[np.uint64]:
+    """The first half of each key's SHA-256, uint64 [n, 2]: in numerical order."""
+    words = bytearray()
+    for chunk in keys.chunks:
+        for key in chunk.to_pylist():
+            words += hashlib.sha256(key.encode()).digest()[:16]
+    return np.frombuffer(words, ">u8").astype(np.uint64).reshape(-1, 2)
