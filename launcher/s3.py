@@ -35,11 +35,22 @@ class S3Store:
     def _key(self, key: str) -> str:
         return f"{self.prefix}/{key}" if self.prefix else key
 
-    def read(self, key: str, etag: str | None = None) -> bytes:
-        match = {"IfMatch": f'"{etag}"'} if etag else {}
+    def read(self, key: str, etag: str | None = None, span: tuple[int, int] | None = None) -> bytes:
+        from botocore.exceptions import ClientError
+
+        asked = {"IfMatch": f'"{etag}"'} if etag else {}
+        if span is not None:
+            if span[1] <= span[0]:
+                return b""
+            asked["Range"] = f"bytes={span[0]}-{span[1] - 1}"
         for last in (False, False, True):
             with self._errors(key):
-                answer = s3_client().get_object(Bucket=self.bucket, Key=self._key(key), **match)
+                try:
+                    answer = s3_client().get_object(Bucket=self.bucket, Key=self._key(key), **asked)
+                except ClientError as error:
+                    if error.response["Error"]["Code"] == "InvalidRange":  # it lies behind the end
+                        return b""
+                    raise
             try:
                 data: bytes = answer["Body"].read()
                 return data

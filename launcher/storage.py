@@ -18,7 +18,7 @@ from typing import Protocol
 from launcher.errors import DataError, LaunchError, SiteError, UserError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """One object: its key below the store's root, its size in bytes, and a tag that changes with its content."""
 
@@ -32,8 +32,11 @@ class Store(Protocol):
 
     uri: str
 
-    def read(self, key: str, etag: str | None = None) -> bytes:
-        """The whole object. With `etag`, a changed object raises `DataError`."""
+    def read(self, key: str, etag: str | None = None, span: tuple[int, int] | None = None) -> bytes:
+        """The object; with `span`, only its bytes from the first number on and before the second, as far as it goes.
+
+        With `etag`, a changed object raises `DataError`.
+        """
 
     def write(self, key: str, data: bytes) -> None:
         """Replaces the object; readers see the old or the new one."""
@@ -111,12 +114,15 @@ class LocalStore:
         """Where the object lies as a file."""
         return self.root / key
 
-    def read(self, key: str, etag: str | None = None) -> bytes:
+    def read(self, key: str, etag: str | None = None, span: tuple[int, int] | None = None) -> bytes:
         try:
             with open(self.path(key), "rb") as file:
                 if etag is not None and file_tag(os.fstat(file.fileno())) != etag:
                     raise changed(f"{self.uri}/{key}")
-                return file.read()
+                if span is None:
+                    return file.read()
+                file.seek(span[0])
+                return file.read(max(span[1] - span[0], 0))
         except (NotADirectoryError, IsADirectoryError) as error:
             raise FileNotFoundError(str(self.path(key))) from error
         except PermissionError as error:
@@ -163,19 +169,10 @@ class LocalStore:
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
         base = self.root / prefix if prefix.endswith("/") or not prefix else (self.root / prefix).parent
-        found: list[Entry] = []
-        for folder, folders, names in os.walk(base, onerror=_unlisted, followlinks=True):
-            folders[:] = [name for name in folders if not _leads_back(os.path.join(folder, name))]
-            for name in names:
-                path = os.path.join(folder, name)
-                key = os.path.relpath(path, self.root).replace(os.sep, "/")
-                if key.startswith(prefix) and not name.startswith(".tmp-"):
-                    try:
-                        stat = os.stat(path)
-                    except FileNotFoundError:
-                        continue
-                    found.append(Entry(key, stat.st_size, file_tag(stat)))
-        yield from sorted(found, key=lambda entry: entry.key)
+        inner = base.relative_to(self.root).as_posix()
+        for entry in _walk(base, "" if inner == "." else f"{inner}/"):
+            if entry.key.startswith(prefix):
+                yield entry
 
     def folders(self) -> tuple[str, ...]:
         if not self.root.is_dir():
@@ -226,9 +223,26 @@ def file_tag(stat: os.stat_result) -> str:
     return f"{stat.st_size:x}-{stat.st_mtime_ns:x}"
 
 
-def _unlisted(error: OSError) -> None:
-    if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
-        raise _refused(error, Path(error.filename)) from error
+def _walk(folder: Path, base: str) -> Iterator[Entry]:
+    """The files below a folder in the order of their keys, which begin with `base`; one folder is held at a time."""
+    try:
+        with os.scandir(folder) as found:
+            # A folder is ordered as its keys are, which go on with a slash.
+            items = sorted((f"{item.name}/" if item.is_dir() else item.name, item) for item in found)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError as error:
+        raise _refused(error, folder) from error
+    for name, item in items:
+        if name.endswith("/"):
+            if not _leads_back(item.path):
+                yield from _walk(Path(item.path), base + name)
+        elif not name.startswith(".tmp-"):
+            try:
+                stat = item.stat()
+            except FileNotFoundError:
+                continue
+            yield Entry(base + name, stat.st_size, file_tag(stat))
 
 
 def _leads_back(folder: str) -> bool:

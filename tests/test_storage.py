@@ -31,6 +31,20 @@ def test_what_is_written_is_read(store: Store) -> None:
     assert store.read("empty") == b""
 
 
+@pytest.mark.parametrize("span", [(0, 4), (2, 5), (3, 99), (5, 5), (10, 12), (11, 20), (4, 2)])
+def test_a_span_reads_as_a_slice_does(store: Store, span: tuple[int, int]) -> None:
+    store.write("some", b"0123456789")
+    (entry,) = store.list()
+    assert store.read("some", span=span) == store.read("some", entry.etag, span) == b"0123456789"[slice(*span)]
+    store.write("empty", b"")
+    assert store.read("empty", span=span) == b""
+    store.write("some", b"changed")
+    with pytest.raises(DataError, match="changed"):
+        store.read("some", entry.etag, (0, 1))
+    with pytest.raises(FileNotFoundError):
+        store.read("other", span=(0, 1))
+
+
 @pytest.mark.parametrize("key", ["nothing", "a", "a/b/c"])
 def test_a_missing_object_is_file_not_found(store: Store, key: str) -> None:
     store.write("a/b", b"x")
