@@ -131,8 +131,8 @@ class S3Store:
                 return data, Cursor(segment, len(part))
             segment, offset = segment + 1, 0
 
-    def _errors(self, key: str) -> _s3_errors:
-        return _s3_errors(self, key)
+    def _errors(self, key: str) -> s3_errors:
+        return s3_errors(self, key)
 
 
 class _S3Appender:
@@ -205,8 +205,11 @@ def forget_s3_client() -> None:
     _client = None
 
 
-class _s3_errors:
-    """Turns botocore's errors into ours, in one place; a missing object becomes `FileNotFoundError`."""
+class s3_errors:
+    """Turns errors of S3 into ours, in one place; a missing object becomes `FileNotFoundError`.
+
+    As a context it does so with botocore's own; `answered` and `unanswered` serve other clients.
+    """
 
     def __init__(self, store: S3Store, key: str) -> None:
         self.where = f"{store.uri}/{key}" if key else store.uri
@@ -221,15 +224,15 @@ class _s3_errors:
         from boto3.exceptions import Boto3Error
         from botocore.exceptions import BotoCoreError, ClientError
 
-        if isinstance(error, ClientError):
-            raise self._answered(error) from error
-        if isinstance(error, (BotoCoreError, Boto3Error)):
-            cause = error.__context__
-            raise (self._answered(cause) if isinstance(cause, ClientError) else self._unanswered(error)) from error
+        if isinstance(error, (BotoCoreError, Boto3Error, ClientError)):
+            answer = error if isinstance(error, ClientError) else error.__context__
+            if isinstance(answer, ClientError):
+                code = answer.response["Error"]["Code"]
+                raise self.answered(code, answer.response["Error"].get("Message", code)) from error
+            raise self._not_sent(error) from error
 
-    def _answered(self, error: Any) -> Exception:
-        code = error.response["Error"]["Code"]
-        message = error.response["Error"].get("Message", code)
+    def answered(self, code: str, message: str) -> Exception:
+        """The error for an answer of S3 with this code, such as NoSuchKey, or the number of the status without one."""
         if code in ("NoSuchKey", "404", "NotFound"):
             return FileNotFoundError(self.where)
         if code == "NoSuchBucket":
@@ -257,7 +260,13 @@ class _s3_errors:
             f"S3 answered {code}: {message}", where=self.where, hint="try again, or resume the run"
         )
 
-    def _unanswered(self, error: Exception) -> LaunchError:
+    def unanswered(self, message: str) -> LaunchError:
+        """The error for a request that got no answer."""
+        return InfrastructureError(
+            " ".join(message.split()), where=self.where, hint="check the network and AWS_ENDPOINT_URL"
+        )
+
+    def _not_sent(self, error: Exception) -> LaunchError:
         from botocore.exceptions import BotoCoreError
 
         name = type(error).__name__
@@ -265,6 +274,4 @@ class _s3_errors:
             return SiteError(str(error), where=self.where, hint="set AWS_PROFILE, or run aws configure")
         if name == "ParamValidationError" or not isinstance(error, BotoCoreError):
             return UserError(" ".join(str(error).split()), where=self.where, hint="write s3://bucket/prefix")
-        return InfrastructureError(
-            " ".join(str(error).split()), where=self.where, hint="check the network and AWS_ENDPOINT_URL"
-        )
+        return self.unanswered(str(error))
