@@ -8,7 +8,8 @@ import json
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+import tracemalloc
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import trainers.data.index
 from launcher.errors import DataError, LaunchError, UserError
 from launcher.s3 import s3_client
 from launcher.spec import Data
-from launcher.storage import Entry, open_store
+from launcher.storage import Entry, LocalStore, open_store
+from trainers.data import layouts
 from trainers.data.index import Index, Place, build_index
+from trainers.data.listing import Rows
 from trainers.data.order import val_count
 from trainers.data.sample import materialise, sample_facts
 
@@ -408,3 +412,59 @@ def test_a_dry_run_imports_nothing_heavy(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
     assert (done.stdout.strip(), done.stderr) == ("[]", "")
+
+
+# -- at the size of ImageNet
+
+LARGE = """
+import resource, sys, time
+from pathlib import Path
+from launcher.spec import Data
+from launcher.storage import Entry, LocalStore
+from trainers.data import layouts
+from trainers.data.index import Index, build_index
+
+class Bucket(LocalStore):
+    def list(self, prefix=""):
+        for label in range(1000):
+            for number in range(1300):
+                key = f"train/n{label:08d}/n{label:08d}_{number:05d}.JPEG"
+                yield Entry(key, 110_000 + number, f"{hash((label, number)) & (1 << 64) - 1:032x}")
+
+layouts.open_store = lambda uri: Bucket(Path(uri))
+index = build_index(Data(uri=sys.argv[1]))
+index.save(LocalStore(Path(sys.argv[1])))
+began = time.process_time()
+loaded = Index.load(LocalStore(Path(sys.argv[1])))
+seconds = time.process_time() - began
+assert loaded.facts()["images"] == len(loaded.ids) == 1_300_000
+print(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+
+
+@pytest.mark.slow
+def test_an_index_of_a_million_images_fits_in_a_gigabyte(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", LARGE, str(tmp_path)], capture_output=True, text=True, check=True)
+    seconds, megabytes = map(float, done.stdout.split())
+    assert megabytes < 1000
+    assert seconds < 2
+
+
+def test_an_index_holds_no_python_object_for_each_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Bucket(LocalStore):
+        def list(self, prefix: str = "") -> Iterator[Entry]:
+            assert not prefix
+            for number in range(20_000):
+                yield Entry(f"{number // 1000:04d}/{number:032d}.jpg", number, f"{number:032x}")
+
+    monkeypatch.setattr(layouts, "open_store", lambda uri: Bucket(Path(uri)))
+    monkeypatch.setattr(Rows, "CHUNK", 256)
+    monkeypatch.setattr(trainers.data.index, "PIECE", 256)
+    build_index(Data(uri=fill(str(tmp_path), ["0000/1.jpg"])))
+    tracemalloc.start()
+    index = build_index(Data(uri=str(tmp_path)))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert index.facts()["images"] == 20_000
+    assert index.table.nbytes / 20_000 < 180
+    assert peak / 20_000 < 200

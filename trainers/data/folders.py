@@ -25,33 +25,48 @@ def list_folders(store: Store, images: pa.Table, ignored: int, val_split: str | 
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    keys = images["key"]
-    depths = pc.count_substring(keys, "/")
-    parts = pc.split_pattern(keys, "/", max_splits=2)
-    tops = pc.list_element(parts, 0)
-    outer = set(pc.unique(tops.filter(pc.greater(depths, 0))).to_pylist())
-    nested = set(pc.unique(tops.filter(pc.greater(depths, 1))).to_pylist())
+    outer: set[str] = set()
+    nested: set[str] = set()
+    for keys in images["key"].chunks:
+        tops, depths = pc.list_element(pc.split_pattern(keys, "/", max_splits=1), 0), pc.count_substring(keys, "/")
+        outer.update(tops.filter(pc.greater(depths, 0)).unique().to_pylist())
+        nested.update(tops.filter(pc.greater(depths, 1)).unique().to_pylist())
     split_of = _split_folders(outer, nested, val_split, store.uri)
-    depth = 2 if split_of else 1
+    _check_depth(images, 2 if split_of else 1, store.uri)
+
+    filled: set[str] = set()
+    known: list[pa.Table] = []
+    # In pieces, for the names of a million files, cut into parts, are some hundred megabytes.
+    for batch in images.to_batches():
+        parts = pc.split_pattern(batch["key"], "/", max_splits=2)
+        tops = pc.list_element(parts, 0)
+        if split_of:
+            labels = pc.list_element(parts, 1)
+            filled.update(pc.binary_join_element_wise(tops, labels, "/").unique().to_pylist())
+            splits = pa.array(split_of.values()).take(pc.index_in(tops, value_set=pa.array(split_of)))
+        else:
+            labels, splits = tops, pa.repeat("", len(batch))
+            filled.update(labels.unique().to_pylist())
+        table = complete(pa.table([*batch.columns, labels, splits], [*batch.schema.names, "label", "split"]))
+        known.append(table.filter(pc.is_valid(splits)) if splits.null_count else table)
+    return Listing(
+        store.uri, "class folders", pa.concat_tables(known), ignored, _empty(store, outer & split_of.keys(), filled)
+    )
+
+
+def _check_depth(images: pa.Table, depth: int, where: str) -> None:
+    """Raises `DataError` if an image lies in no class folder, which is `depth` folders below the root."""
+    import pyarrow.compute as pc
+
+    keys = images["key"]
     # A key that looks like an address would be read from there, and not from below this root.
     elsewhere = pc.or_(pc.starts_with(keys, "/"), pc.starts_with(keys, "s3://"))
-    loose = keys.filter(pc.or_(pc.less(depths, depth), elsewhere)).to_pylist()
+    loose = keys.filter(pc.or_(pc.less(pc.count_substring(keys, "/"), depth), elsewhere)).to_pylist()
     if loose:
         raise DataError(
-            f"{len(loose)} images lie in no class folder: {few(loose)}", where=store.uri,
+            f"{len(loose)} images lie in no class folder: {few(loose)}", where=where,
             hint="move each into a folder named after its class, or give a manifest with columns path,label",
         )  # fmt: skip
-
-    labels = pc.list_element(parts, depth - 1)
-    if split_of:
-        splits = pc.take(pa.array(split_of.values()), pc.index_in(tops, value_set=pa.array(split_of)))
-        folders = pc.binary_join_element_wise(tops, labels, "/")
-    else:
-        splits, folders = pa.array([""], pa.string()).take(pa.repeat(0, len(images))), labels
-    table = complete(images.append_column("label", labels).append_column("split", splits))
-    filled = set(pc.unique(folders).to_pylist())
-    known = table.filter(pc.is_valid(table["split"])) if split_of else table
-    return Listing(store.uri, "class folders", known, ignored, _empty(store, outer & split_of.keys(), filled))
 
 
 def _empty(store: Store, splits: set[str], filled: set[str]) -> tuple[str, ...]:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 SPLITS = ("train", "val", "test")
 ID_BYTES = 16
+PIECE = 1 << 16
+"""Rows that are Python objects at a time: of a million rows they would be a gigabyte."""
 
 
 class Place(NamedTuple):
@@ -133,7 +135,10 @@ class Index:
 
         about = {"uri": self.uri, "classes": json.dumps(self.classes), "ignored": str(self.ignored)}
         out = io.BytesIO()
-        pq.write_table(self.table.replace_schema_metadata(about), out, compression="zstd")
+        pq.write_table(
+            self.table.replace_schema_metadata(about), out, compression="zstd",
+            use_dictionary=["object", "label", "split"],  # what hardly repeats is read faster without
+        )  # fmt: skip
         store.write(key, out.getvalue())
 
     @classmethod
@@ -199,7 +204,7 @@ def with_ids(uri: str, table: pa.Table) -> pa.Table:
     import pyarrow as pa
 
     parts = []
-    for batch in table.select(["key", "object", "etag", "offset"]).to_batches():
+    for batch in table.select(["key", "object", "etag", "offset"]).to_batches(PIECE):
         words = bytearray()
         for key, holder, etag, offset in zip(*(column.to_pylist() for column in batch.columns), strict=True):
             where = key if holder is None else holder
@@ -258,7 +263,7 @@ def _held_out(table: pa.Table, data: Data) -> pa.Table:
             where=data.uri, hint="add images, or choose other classes with data.classes",
         )  # fmt: skip
     held_back = np.array([val_count(int(size), data.val_fraction) for size in sizes])
-    high, low = _hashes(table["key"].take(ours)).T
+    high, low = _hashes(table["key"])[ours].T
     order = np.lexsort((low, high, classes))
     first = np.cumsum(sizes) - sizes
     place = np.arange(len(ours)) - first[classes[order]]
@@ -271,7 +276,7 @@ def _held_out(table: pa.Table, data: Data) -> pa.Table:
 def _hashes(keys: pa.ChunkedArray) -> npt.NDArray[np.uint64]:
     """The first half of each key's SHA-256, uint64 [n, 2]: in numerical order."""
     words = bytearray()
-    for chunk in keys.chunks:
-        for key in chunk.to_pylist():
+    for start in range(0, len(keys), PIECE):
+        for key in keys[start : start + PIECE].to_pylist():
             words += hashlib.sha256(key.encode()).digest()[:16]
     return np.frombuffer(words, ">u8").astype(np.uint64).reshape(-1, 2)

@@ -7,20 +7,22 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from launcher.errors import DataError
 from launcher.spec import Data
-from launcher.storage import LocalStore, Store, open_store
+from launcher.storage import Entry, LocalStore, Store, open_store
 from trainers.data.folders import list_folders
 from trainers.data.listing import IMAGE_SUFFIXES, Listing, Rows, few, hidden, missing, suffix
 from trainers.data.manifests import MANIFEST_SUFFIXES, list_manifest
+from trainers.data.shards import compressed, expand, list_shards
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-ARCHIVES = frozenset({"zip", "tar", "gz", "tgz", "7z"})
+SHARDS = frozenset({"tar", "gz", "tgz"})
+ARCHIVES = frozenset({"zip", "gz", "7z"})
 
 
 def find_images(data: Data) -> Listing:
@@ -46,9 +48,13 @@ def find_images(data: Data) -> Listing:
 def _list(uri: str, val_split: str | None) -> Listing:
     store = open_store(uri)
     local = isinstance(store, LocalStore)
-    if suffix(uri) in MANIFEST_SUFFIXES and not (local and os.path.isdir(store.uri)):
+    folder = local and os.path.isdir(store.uri)
+    kind = suffix(uri)
+    if not folder and kind in MANIFEST_SUFFIXES:
         return list_manifest(store.uri, val_split)
-    if local and not os.path.isdir(store.uri):
+    if not folder and ("{" in uri or kind in SHARDS):
+        return _list_named(store.uri, val_split)
+    if local and not folder:
         if os.path.exists(store.uri):
             raise DataError("this is a file, not a folder or a manifest", where=store.uri,
                             hint="give a folder of class folders, or a .csv, .jsonl or .parquet manifest")  # fmt: skip
@@ -56,19 +62,50 @@ def _list(uri: str, val_split: str | None) -> Listing:
     found = _Found.below(store)
     if len(found.images):
         return list_folders(store, found.images, found.others.total(), val_split)
+    if found.shards:
+        return _list_shards(store, found.shards, found.others.total(), val_split)
     raise _no_images(store, found.others)
+
+
+def _list_named(uri: str, val_split: str | None) -> Listing:
+    """The tar shards that an address with braces names, or one."""
+    root, _, pattern = uri.partition("{")
+    root, _, start = root.rpartition("/")
+    wanted = expand(start + uri[len(root) + 1 + len(start) :])
+    store = open_store(root or "/")
+    entries = {entry.key: entry for entry in store.list(start) if not hidden(entry.key)}
+    gone = [key for key in wanted if key not in entries]
+    if gone:
+        what = f"{len(gone)} of {len(wanted)} shards are not there: {few(gone)}"
+        raise DataError(what, where=uri, hint="check the numbers") if pattern else missing("there is no such file", uri)
+    return _list_shards(store, [entries[key] for key in dict.fromkeys(wanted)], 0, val_split)
+
+
+def _list_shards(store: Store, shards: list[Entry], ignored: int, val_split: str | None) -> Listing:
+    packed = [shard.key for shard in shards if suffix(shard.key) != "tar"]
+    if packed:
+        raise compressed(store.uri, packed)
+    return list_shards(store, shards, ignored, val_split)
 
 
 @dataclass
 class _Found:
-    """What lies below a root: the images as columns key, size and etag, the kinds of other files with their number."""
+    """What lies below a root.
+
+    Attributes:
+        images: columns key, size and etag.
+        shards: files that are, or seem to be, tar shards.
+        others: the kinds of all other files, with their number.
+    """
 
     images: pa.Table
-    others: Counter[str] = field(default_factory=Counter)
+    shards: list[Entry]
+    others: Counter[str]
 
     @classmethod
     def below(cls, store: Store) -> _Found:
         images = Rows("key", "size", "etag")
+        shards: list[Entry] = []
         others: Counter[str] = Counter()
         for entry in store.list():
             if hidden(entry.key):
@@ -76,9 +113,13 @@ class _Found:
             kind = suffix(entry.key)
             if kind in IMAGE_SUFFIXES:
                 images.add(entry.key, entry.size, entry.etag)
+            elif kind in SHARDS and (kind != "gz" or entry.key.endswith(".tar.gz")):
+                shards.append(entry)
             else:
                 others[kind] += 1
-        return cls(images.table(), others)
+        if len(table := images.table()):
+            others["tar"] += len(shards)
+        return cls(table, shards, others)
 
 
 def _no_images(store: Store, others: Counter[str]) -> DataError:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import posixpath
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -147,6 +148,41 @@ def roles(found: set[str], val_split: str | None, where: str) -> dict[str, str]:
         raise DataError(f"there are several validation splits: {few(chosen)}", where=where,
                         hint=f"choose one: --set data.val_split={chosen[0]}")  # fmt: skip
     return {"test": "test", "train": "train", **dict.fromkeys(chosen, "val")}
+
+
+def file_splits(keys: list[str], val_split: str | None, where: str) -> dict[str, str | None]:
+    """The split of each file by its folders, or its name (`train-0001.tar`); None if it is not to be used.
+
+    All are empty if no file says one.
+
+    Raises:
+        DataError: some files say none, there is no training split, or there are several to validate on.
+        UserError: `val_split` is said by no file.
+    """
+    said = {key: _said(key, val_split) for key in keys}
+    found = set(said.values())
+    if found == {""} and not val_split:
+        return dict.fromkeys(keys, "")
+    silent = [key for key, name in said.items() if not name]
+    split_of = roles(found, val_split, where)
+    if silent:
+        raise DataError(f"{len(silent)} files do not say their split: {few(silent)}", where=where,
+                        hint="name them like train-0001, val-0001, test-0001, or use such folders")  # fmt: skip
+    if "train" not in found:
+        raise DataError(f"there is {few(sorted(found))}, but no train", where=where,
+                        hint="name the files to train on like train-0001")  # fmt: skip
+    return {key: split_of.get(name) for key, name in said.items()}
+
+
+def _said(key: str, val_split: str | None) -> str:
+    """The split that a file's folders or name say, or nothing."""
+    *folders, name = key.split("/")
+    for word in (*folders, *re.split(r"[-_.]", name)):
+        if word == val_split:
+            return word
+        if word.lower() in SPLIT_NAMES:
+            return {"training": "train", "testing": "test"}.get(word.lower(), word.lower())
+    return ""
 
 
 def missing(what: str, uri: str) -> DataError:
