@@ -16,6 +16,7 @@ from launcher.spec import Data
 from launcher.storage import open_store
 from trainers.data.index import Index, build_index
 from trainers.data.shards import expand
+from trainers.data.source import Source
 
 
 @pytest.fixture(autouse=True)
@@ -277,3 +278,16 @@ def test_the_validation_shards_can_be_named(tmp_path: Path) -> None:
     assert {index.place(row).key for row in index.rows("val")} == {"dev-0.tar"}
     assert len(index.table) == 8
     assert "no split vl" in refusal(place, UserError, val_split="vl")
+
+
+def test_an_image_in_a_shard_is_read_as_it_was_packed(tmp_path: Path) -> None:
+    packed = {f"{number:03}": bytes([number]) * (700 + number) for number in range(6)}
+    with tarfile.open(tmp_path / "train-0.tar", "w") as shard:
+        for number, (name, data) in enumerate(packed.items()):
+            for member, content in ((f"{name}.jpg", data), (f"{name}.cls", str(number % 2).encode())):
+                about = tarfile.TarInfo(member)
+                about.size = len(content)
+                shard.addfile(about, io.BytesIO(content))
+    index = build_index(Data(uri=str(tmp_path)))
+    source = Source(index)
+    assert sorted(source.read(row) for row in range(len(index.table))) == sorted(packed.values())

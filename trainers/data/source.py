@@ -16,7 +16,6 @@ from pathlib import Path
 from launcher.errors import DataError
 from launcher.storage import Store, cache_folder, open_store
 from trainers.data.index import Index
-from trainers.data.listing import locate
 
 
 class Source:
@@ -31,7 +30,7 @@ class Source:
         self.index = index
         self._cache = cache or default_cache()
         self._stores: dict[str, Store] = {}
-        self._keys, self._sizes, self._etags = (index.table[name].combine_chunks() for name in ("key", "size", "etag"))
+        self._objects = index.table["object"].combine_chunks()
 
     def read(self, row: int) -> bytes:
         """The file of a row, as it was when the index was built.
@@ -41,14 +40,14 @@ class Source:
             SiteError: credentials or permissions do not suffice.
             InfrastructureError: S3 does not answer.
         """
-        key, etag = self._keys[row].as_py(), self._etags[row].as_py()
-        uri, inner = locate(self.index.uri, key)
+        uri, inner, etag, offset, size = self.index.place(row)
+        span = (offset, offset + size) if self._objects[row].is_valid else None
         store = self._stores.get(uri) or self._open(uri)
         try:
             if not store.uri.startswith("s3://"):
-                return store.read(inner, etag or None)
-            size = self._sizes[row].as_py()
-            return self._cached(f"{uri}/{inner}", size, etag, lambda: store.read(inner, etag))
+                return store.read(inner, etag or None, span)
+            address = f"{uri}/{inner}" + (f"\0{offset}" if span else "")
+            return self._cached(address, size, etag, lambda: store.read(inner, etag, span))
         except FileNotFoundError as error:
             raise DataError("the image is gone", where=f"{uri}/{inner}",
                             hint="restore it, or launch a new run, which indexes the data anew") from error  # fmt: skip
