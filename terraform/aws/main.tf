@@ -1,0 +1,128 @@
+# From an empty AWS account to a cluster whose GPU nodes come from zero and go back to it.
+#
+#     terraform -chdir=terraform/aws init
+#     terraform -chdir=terraform/aws apply -var-file=examples/minimal.tfvars
+
+data "aws_caller_identity" "current" {}
+data "aws_partition" "current" {}
+
+locals {
+  account_id = data.aws_caller_identity.current.account_id
+  partition  = data.aws_partition.current.partition
+  tags       = merge(var.tags, { Project = var.name, ManagedBy = "terraform" })
+
+  # What k8s/ calls these; that both agree is tested.
+  namespace      = "raylaunch"
+  trainer        = { namespace = local.namespace, service_account = "trainer" }
+  autoscaler     = { namespace = "kube-system", service_account = "cluster-autoscaler" }
+  launcher_group = "raylaunch-launchers"
+
+  runs_prefix = "runs"
+  log_days    = 90
+}
+
+module "storage" {
+  source = "../modules/storage"
+
+  name              = var.name
+  account_id        = local.account_id
+  partition         = local.partition
+  region            = var.region
+  undelete_days     = var.undelete_days
+  log_days          = local.log_days
+  delete_on_destroy = var.delete_on_destroy
+}
+
+module "registry" {
+  source = "../modules/registry"
+
+  name              = var.name
+  host              = "${local.account_id}.dkr.ecr.${var.region}.${data.aws_partition.current.dns_suffix}"
+  delete_on_destroy = var.delete_on_destroy
+}
+
+module "network" {
+  source = "../modules/network"
+
+  name           = var.name
+  region         = var.region
+  cidr           = var.vpc_cidr
+  zone_count     = var.zone_count
+  nat_per_zone   = var.nat_per_zone
+  log_bucket_arn = module.storage.log_bucket_arn
+}
+
+module "identity" {
+  source = "../modules/identity"
+
+  name         = var.name
+  cluster_name = module.cluster.name
+  partition    = local.partition
+  region       = var.region
+  account_id   = local.account_id
+
+  read = concat(
+    [{ bucket = module.storage.buckets.data, prefix = "" }],
+    [for place in var.data_locations : {
+      bucket = split("/", trimprefix(place, "s3://"))[0]
+      prefix = trim(join("/", slice(split("/", place), 3, length(split("/", place)))), "/")
+    }],
+  )
+  runs                    = { bucket = module.storage.buckets.runs, prefix = local.runs_prefix }
+  trainer                 = local.trainer
+  autoscaler              = local.autoscaler
+  launcher_group          = local.launcher_group
+  launcher_principal_arns = sort(setunion(var.admin_principal_arns, var.launcher_principal_arns))
+}
+
+module "cluster" {
+  source = "../modules/cluster"
+
+  name                 = var.name
+  partition            = local.partition
+  kubernetes_version   = var.kubernetes_version
+  subnet_ids           = module.network.private_subnet_ids
+  endpoint_cidrs       = var.endpoint_cidrs
+  admin_principal_arns = var.admin_principal_arns
+  node_role_arn        = module.identity.node_role_arn
+  system_nodes         = var.system_nodes
+  head_nodes           = var.head_nodes
+  log_days             = local.log_days
+  tags                 = local.tags
+}
+
+module "gpu_pool" {
+  source   = "../modules/gpu_pool"
+  for_each = { for kind in var.gpu_types : kind.name => kind }
+
+  name          = each.key
+  instance_type = each.value.instance_type
+  max_nodes     = each.value.max_nodes
+  on_demand     = each.value.on_demand
+  spot          = each.value.spot
+  cache_gib     = var.cache_gib
+  cluster_name  = module.cluster.name_for_nodes
+  node_role_arn = module.identity.node_role_arn
+  subnet_ids    = module.network.private_subnet_ids
+  tags          = local.tags
+}
+
+# Of the whole account: a budget by tag counts nothing until somebody activates the tag for billing, and says so nowhere.
+resource "aws_budgets_budget" "monthly" {
+  name         = "${var.name}-monthly"
+  budget_type  = "COST"
+  time_unit    = "MONTHLY"
+  limit_unit   = "USD"
+  limit_amount = tostring(var.budget.monthly_usd)
+
+  dynamic "notification" {
+    for_each = [["ACTUAL", 50], ["ACTUAL", 80], ["ACTUAL", 100], ["FORECASTED", 100]]
+    content {
+      notification_type          = notification.value[0]
+      threshold                  = notification.value[1]
+      threshold_type             = "PERCENTAGE"
+      comparison_operator        = "GREATER_THAN"
+      subscriber_email_addresses = var.budget.emails
+    }
+  }
+}

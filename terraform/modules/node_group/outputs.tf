@@ -1,0 +1,4 @@
+output "labels" {
+  description = "All labels of the nodes that this configuration sets."
+  value       = local.labels
+}
