@@ -44,6 +44,8 @@ class Place(NamedTuple):
     etag: str
     offset: int
     size: int
+    shared: bool = False
+    """Whether the object holds other images too."""
 
 
 @dataclass(frozen=True)
@@ -91,9 +93,12 @@ class Index:
 
     def place(self, row: int) -> Place:
         """Where the bytes of a row are."""
-        names = ("key", "object", "etag", "offset", "size")
-        key, holder, etag, offset, size = (self.table[name][row].as_py() for name in names)
-        return Place(*locate(self.uri, key if holder is None else holder), etag, offset, size)
+        key, holder, etag, offset, size = (column[row].as_py() for column in self._places)
+        return Place(*locate(self.uri, key if holder is None else holder), etag, offset, size, holder is not None)
+
+    @cached_property
+    def _places(self) -> list[pa.Array]:
+        return [self.table[name].combine_chunks() for name in ("key", "object", "etag", "offset", "size")]
 
     def rows(self, split: str) -> npt.NDArray[np.int64]:
         """Row numbers of a split, ascending, int64."""

@@ -1,6 +1,6 @@
 """Where the images are, whatever the layout: looks once at what lies at an address, and calls the layout's reader.
 
-It decides between layouts by the names of files alone, but for Parquet, whose columns decide.
+It decides between layouts by the names of files alone.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
+Words = npt.NDArray[np.uint64]
 
 WINDOW = 32
 """Parts of the data among which an epoch that reads it part by part is shuffled."""
@@ -56,7 +57,7 @@ def epoch_draws(seed: int, epoch: int, n: int, weights: Floats | None = None, ch
     turn = np.argsort(permutation(seed ^ _PARTS, epoch, int(chunks.max()) + 1))
     sequential = draws[np.argsort(turn[part], kind="stable")]
     window = min(WINDOW * n / len(np.unique(part)), n)
-    moved = np.arange(n) + window * _uniform(_mixed(seed, epoch), n)
+    moved = np.arange(n) + window * uniform(_words(_mixed(seed, epoch), n))
     return sequential[np.argsort(moved, kind="stable")]
 
 
@@ -129,17 +130,23 @@ def sample_rng(seed: int, epoch: int, draw: int) -> Draws:
     return Draws(_mixed(_mixed(seed, epoch), draw))
 
 
-def _words(state: int, n: int) -> npt.NDArray[np.uint64]:
-    """The next n outputs of the generator in `state`."""
-    x = np.uint64(state) + np.arange(1, n + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
+def outputs(states: Words, steps: Words) -> Words:
+    """What generators in these states give after so many steps, counted from 1; broadcast, uint64."""
+    x = states + steps * np.uint64(_GOLDEN)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    mixed: Words = x ^ (x >> np.uint64(31))
+    return mixed
 
 
-def _uniform(state: int, n: int) -> Floats:
-    """The next n outputs as numbers in [0, 1)."""
-    return (_words(state, n) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+def uniform(words: Words) -> Floats:
+    """Outputs as numbers in [0, 1), as `Draws.random` gives them."""
+    return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _words(state: int, n: int) -> Words:
+    """The next n outputs of the generator in `state`."""
+    return outputs(np.array(state, np.uint64), np.arange(1, n + 1, dtype=np.uint64))
 
 
 def _finalise(x: int) -> int:

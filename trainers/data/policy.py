@@ -1,4 +1,4 @@
-"""Random changes to training images after the crop: RandAugment, TrivialAugment, erasing, mixup and cutmix.
+"""Random changes to training images after the crop: RandAugment, TrivialAugment and erasing.
 
 What happens to an image is drawn on the host, a pure function of seed, epoch and row, and done on the device to the
 whole batch; Pillow's results are the reference. Cropping and mirroring come before and are not done here.
@@ -17,10 +17,8 @@ import torch
 
 from launcher.spec import Augment
 from trainers.data import operations
-from trainers.data.order import Ints
-
-Floats = npt.NDArray[np.float64]
-Words = npt.NDArray[np.uint64]
+from trainers.data.crops import sample_states
+from trainers.data.order import Floats, Ints, Words, outputs, uniform
 
 NAMES = ("identity", "shear_x", "shear_y", "shift_x", "shift_y", "rotate", "brightness", "colour", "contrast",
          "sharpness", "posterize", "solarize", "autocontrast", "equalize")  # fmt: skip
@@ -36,7 +34,6 @@ _STREAM = 0x706F6C696379
 _TRIES = 10
 _IN_CACHE = 100_000
 """Pixels that a CPU changes at a time (measured at 224 x 224); a GPU is faster the more there are."""
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def randaugment_table(side: int) -> Floats:
@@ -92,7 +89,7 @@ class Changes:
         rounds = {"none": 0, "randaugment": augment.operations, "trivialaugment": 1}[augment.policy]
         if not rounds and not augment.erasing:
             return None
-        states = _states(seed ^ _STREAM, epoch, rows)
+        states = sample_states(seed ^ _STREAM, epoch, rows)
         chances = _uniform(states, 0, 3 * rounds + 2)
         kinds, levels, signs = chances[:, :-2].reshape(len(rows), rounds, 3).transpose(2, 0, 1)
         kind = (kinds * len(NAMES)).astype(np.int8)
@@ -242,39 +239,6 @@ def _boxes(chances: Floats, side: int) -> Ints:
     return found
 
 
-# -- `sample_rng` of order.py for many rows at once
-
-
 def _uniform(states: Words, first: int, count: int) -> Floats:
     """Numbers `first` to `first + count - 1` that `Draws.random` gives in each state: [b, count]."""
-    steps = np.arange(first + 1, first + count + 1, dtype=np.uint64)
-    words = _finalised(states[:, None] + steps * _GOLDEN)
-    return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
-
-
-def _states(seed: int, epoch: int, rows: Ints) -> Words:
-    """The states of `sample_rng(seed, epoch, row)`, [b]."""
-    numbers = np.array([seed & (1 << 64) - 1, epoch], np.uint64)
-    return _mixed(_mixed(numbers[:1], numbers[1:]), rows.astype(np.uint64))
-
-
-def _mixed(a: Words, b: Words) -> Words:
-    return _finalised(_finalised(a + _GOLDEN) + b * np.uint64(0xD1342543DE82EF95))
-
-
-def _finalised(x: Words) -> Words:
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def batch_mixer(augment: Augment, classes: int) -> Any:
-    """Mixup and cutmix as `mixer(images, targets)`, on whole batches on the device; None if both are off."""
-    from torchvision.transforms import v2
-
-    mixers: list[Any] = []
-    if augment.mixup:
-        mixers.append(v2.MixUp(alpha=augment.mixup, num_classes=classes))
-    if augment.cutmix:
-        mixers.append(v2.CutMix(alpha=augment.cutmix, num_classes=classes))
-    return v2.RandomChoice(mixers) if mixers else None
+    return uniform(outputs(states[:, None], np.arange(first + 1, first + count + 1, dtype=np.uint64)))

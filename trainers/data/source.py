@@ -30,7 +30,6 @@ class Source:
         self.index = index
         self._cache = cache or default_cache()
         self._stores: dict[str, Store] = {}
-        self._objects = index.table["object"].combine_chunks()
 
     def read(self, row: int) -> bytes:
         """The file of a row, as it was when the index was built.
@@ -40,8 +39,8 @@ class Source:
             SiteError: credentials or permissions do not suffice.
             InfrastructureError: S3 does not answer.
         """
-        uri, inner, etag, offset, size = self.index.place(row)
-        span = (offset, offset + size) if self._objects[row].is_valid else None
+        uri, inner, etag, offset, size, shared = self.index.place(row)
+        span = (offset, offset + size) if shared else None
         store = self._stores.get(uri) or self._open(uri)
         try:
             if not store.uri.startswith("s3://"):
