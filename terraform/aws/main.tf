@@ -11,7 +11,7 @@ locals {
   partition  = data.aws_partition.current.partition
   tags       = merge(var.tags, { Project = var.name, ManagedBy = "terraform" })
 
-  # What k8s/ calls these; that both agree is tested.
+  # Names of what stands in the cluster; its manifests must use the same.
   namespace      = "raylaunch"
   trainer        = { namespace = local.namespace, service_account = "trainer" }
   autoscaler     = { namespace = "kube-system", service_account = "cluster-autoscaler" }

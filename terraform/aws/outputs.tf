@@ -1,9 +1,9 @@
-# What comes next takes these as they are; nothing has to be copied by hand (docs/deploy.md).
+# What comes next takes these as they are; nothing has to be copied by hand.
 
 locals {
   pool = merge({
     image           = "${module.registry.url}:${var.image_tag}"
-    ray_version     = "2.60.0" # that of the image; a test compares it with pyproject.toml
+    ray_version     = "2.60.0" # that of the image, as constraints.txt pins it
     storage         = "s3://${module.storage.buckets.runs}/${local.runs_prefix}"
     service_account = local.trainer.service_account
     node_types      = [for kind in var.gpu_types : module.gpu_pool[kind.name].node_type]
