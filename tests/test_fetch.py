@@ -1,0 +1,229 @@
+"""Fetching from a bucket: the right bytes for many threads, and what happens when S3 or the credentials fail."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+
+import pytest
+
+from launcher.errors import DataError, InfrastructureError, LaunchError, SiteError, UserError
+from launcher.s3 import forget_s3_client, s3_client
+from launcher.storage import open_store
+from tests.broken_s3 import BrokenS3
+from trainers.data.fetch import Bucket, Traffic
+
+WHOLE = bytes(range(256)) * 40
+"""The object `key` of the bucket that misbehaves."""
+
+
+@pytest.fixture(autouse=True)
+def traffic(monkeypatch: pytest.MonkeyPatch) -> Traffic:
+    """What is asked for in this test."""
+    monkeypatch.setattr(Bucket, "traffic", Traffic())
+    return Bucket.traffic
+
+
+@pytest.fixture
+def broken(s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[BrokenS3]:
+    """An S3 that misbehaves, in whose bucket is an object `key`."""
+    assert s3
+    with BrokenS3() as server:
+        server.objects["/bucket/key"] = WHOLE
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+        monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
+        forget_s3_client()
+        yield server
+
+
+def fill(bucket: str, objects: dict[str, bytes]) -> tuple[Bucket, dict[str, str]]:
+    """A bucket with these objects, and their tags."""
+    store = open_store(bucket)
+    for key, data in objects.items():
+        store.write(key, data)
+    return Bucket(bucket.removeprefix("s3://")), {entry.key: entry.etag for entry in store.list()}
+
+
+def counts(traffic: Traffic) -> tuple[int, int, int]:
+    return traffic.requests, traffic.received, traffic.repeated
+
+
+# -- what is right
+
+
+def test_objects_and_ranges_are_fetched_and_counted(bucket: str, traffic: Traffic) -> None:
+    data = bytes(range(256)) * 1000
+    there, tags = fill(bucket, {"a/image.jpg": data})
+    assert bytes(there.get("a/image.jpg", tags["a/image.jpg"], len(data))) == data
+    assert bytes(there.get("a/image.jpg", tags["a/image.jpg"], 1000, 70_001)) == data[70_001:71_001]
+    assert bytes(there.get("a/image.jpg", "", 1, len(data) - 1)) == data[-1:]
+    assert bytes(there.get("a/image.jpg", tags["a/image.jpg"], 0)) == b""
+    assert counts(traffic) == (3, len(data) + 1001, 0)
+
+
+@pytest.mark.parametrize("key", ["ünï cödé.jpg", "a b/c+d%20e?#&~*'.jpg", "cats//1.jpg", "/lead", "trail/", "a/./b"])
+def test_any_key_is_fetched_as_it_is_spelled(bucket: str, key: str) -> None:
+    there, tags = fill(bucket, {key: b"right", key.strip("/"): b"right" if key == key.strip("/") else b"wrong"})
+    assert bytes(there.get(key, tags[key], 5)) == b"right"
+
+
+def test_many_threads_get_what_each_asked_for(bucket: str, traffic: Traffic) -> None:
+    objects = {f"{number:03}": bytes([number]) * (2000 + number) for number in range(64)}
+    there, tags = fill(bucket, objects)
+    with ThreadPoolExecutor(64) as pool:
+        wanted = [*objects] * 3
+        found = [*pool.map(lambda key: bytes(there.get(key, tags[key], len(objects[key]))), wanted)]
+    assert found == [objects[key] for key in wanted]
+    assert counts(traffic) == (192, sum(map(len, found)), 0)
+
+
+def test_without_credentials_requests_are_unsigned(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = bucket.removeprefix("s3://")
+    s3_client().put_object(Bucket=name, Key="public", Body=b"free", ACL="public-read")
+    s3_client().put_object(Bucket=name, Key="private", Body=b"mine")
+    for variable in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(variable)
+    forget_s3_client()
+    assert bytes(Bucket(name).get("public", "", 4)) == b"free"
+    with pytest.raises(SiteError, match="refuses access"):
+        Bucket(name).get("private", "", 4)
+
+
+def test_the_endpoint_is_the_one_that_boto3_uses(broken: BrokenS3, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", broken.url)
+    forget_s3_client()
+    assert bytes(Bucket("bucket").get("key", "tag", len(WHOLE))) == WHOLE
+    assert Bucket.traffic.repeated == 0
+
+
+def test_a_bucket_in_another_region_is_found_once(broken: BrokenS3, traffic: Traffic) -> None:
+    broken.region = "eu-west-3"
+    there = Bucket("bucket")
+    for start in range(5):
+        assert bytes(there.get("key", "tag", 10, start)) == WHOLE[start : start + 10]
+    assert counts(traffic) == (5, 50, 1)
+
+
+FORK = """
+import os, sys
+from concurrent.futures import ThreadPoolExecutor
+from trainers.data.fetch import Bucket
+
+def get(start):
+    return there.get("key", "tag", 100, start)
+
+there = Bucket("bucket")
+if sys.argv[1] == "used":
+    with ThreadPoolExecutor(8) as pool:
+        before = [*pool.map(get, range(0, 800, 100))]
+child = os.fork()
+with ThreadPoolExecutor(8) as pool:
+    got = [*pool.map(get, range(0, 800, 100))]
+assert b"".join(got) == bytes(range(256)) * 3 + bytes(range(32)), "wrong bytes"
+assert there.traffic.requests == (16 if child and sys.argv[1] == "used" else 8), there.traffic
+if child:
+    assert os.waitpid(child, 0)[1] == 0, "the child failed"
+os._exit(0)
+"""
+
+
+@pytest.mark.usefixtures("broken")
+@pytest.mark.parametrize("parent", ["used", "unused"])
+def test_a_forked_child_fetches_too_beside_its_parent(parent: str) -> None:
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", FORK, parent]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+# -- what fails
+
+
+def test_a_changed_a_missing_and_a_foreign_object_are_told_as_the_store_tells_them(bucket: str) -> None:
+    there, tags = fill(bucket, {"image": b"old"})
+    store = open_store(bucket)
+    store.write("image", b"newer")
+    told = []
+    for read in (lambda: there.get("image", tags["image"], 3), lambda: store.read("image", tags["image"])):
+        with pytest.raises(DataError, match="changed after the run was planned") as changed:
+            read()
+        told.append(changed.value.to_record())
+    assert told[0] == told[1]
+    with pytest.raises(FileNotFoundError):
+        there.get("other", "tag", 3)
+    with pytest.raises(DataError, match="no bucket nobody-made-this"):
+        Bucket("nobody-made-this").get("image", "tag", 3)
+    with pytest.raises(UserError, match=r"[Bb]ucket"):
+        Bucket("no spaces").get("image", "tag", 3)
+
+
+@pytest.mark.parametrize(
+    "faults", [["SlowDown"], ["InternalError", "SlowDown"], ["cut"], ["short"], ["hang"], ["ExpiredToken"]]
+)
+def test_what_passes_is_tried_again(broken: BrokenS3, traffic: Traffic, faults: list[str]) -> None:
+    broken.faults["/bucket/key"] = [*faults]
+    assert bytes(Bucket("bucket", patience=0.5).get("key", "tag", 5000, 7)) == WHOLE[7:5007]
+    assert broken.faults["/bucket/key"] == []
+    assert len(broken.asked) == len(faults) + 1
+    assert (traffic.requests, traffic.received) == (1, 5000)
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind", "expected"),
+    [
+        ("SlowDown", InfrastructureError, "S3 answered SlowDown: as told"),
+        ("InternalError", InfrastructureError, "S3 answered InternalError: as told"),
+        ("cut", InfrastructureError, "the download broke off three times"),
+        ("short", InfrastructureError, "S3 sent 2500 of 5000 bytes"),
+        ("ExpiredToken", SiteError, "S3 does not accept the credentials (ExpiredToken: as told)"),
+        ("AccessDenied", SiteError, "S3 refuses access (AccessDenied)"),
+    ],
+)
+def test_what_does_not_pass_is_named(broken: BrokenS3, fault: str, kind: type[LaunchError], expected: str) -> None:
+    broken.faults["/bucket/key"] = [fault] * 20
+    with pytest.raises(kind) as raised:
+        Bucket("bucket", patience=0.1).get("key", "tag", 5000)
+    assert type(raised.value) is kind
+    assert expected in raised.value.what
+    assert raised.value.where == "s3://bucket/key"
+    assert raised.value.hint
+
+
+@pytest.mark.usefixtures("s3")
+def test_a_server_that_is_not_there_is_an_infrastructure_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{unused.getsockname()[1]}")
+        monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+        forget_s3_client()
+        with pytest.raises(InfrastructureError, match="connect") as raised:
+            Bucket("bucket", patience=0.1).get("key", "tag", 3)
+    assert "AWS_ENDPOINT_URL" in raised.value.hint
+
+
+def test_credentials_are_renewed_before_they_expire(broken: BrokenS3, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(variable)
+    monkeypatch.setenv("AWS_CONTAINER_CREDENTIALS_FULL_URI", f"{broken.url}/credentials")
+    forget_s3_client()
+    broken.lifetime = timedelta(minutes=5)  # so little that boto3 renews them at each use
+    there, limit = Bucket("bucket"), time.monotonic() + 20
+    while len({token for _, token, _ in broken.asked}) < 3 and time.monotonic() < limit:
+        assert bytes(there.get("key", "tag", 100)) == WHOLE[:100]
+    tokens = [token for _, token, _ in broken.asked]
+    assert len({*tokens}) == 3
+    assert all(tokens)
+    assert there.traffic.repeated == 0
+
+
+def test_credentials_that_cannot_be_had_are_a_site_error(broken: BrokenS3, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_PROFILE", "nobody")
+    forget_s3_client()
+    with pytest.raises(SiteError, match="nobody"):
+        Bucket("bucket").get("key", "tag", 3)
+    assert broken.asked == []
