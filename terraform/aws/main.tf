@@ -3,13 +3,8 @@
 #     terraform -chdir=terraform/aws init
 #     terraform -chdir=terraform/aws apply -var-file=examples/minimal.tfvars
 
-data "aws_caller_identity" "current" {}
-data "aws_partition" "current" {}
-
 locals {
-  account_id = data.aws_caller_identity.current.account_id
-  partition  = data.aws_partition.current.partition
-  tags       = merge(var.tags, { Project = var.name, ManagedBy = "terraform" })
+  tags = merge(var.tags, { Project = var.name, ManagedBy = "terraform" })
 
   # Names of what stands in the cluster; its manifests must use the same.
   namespace      = "raylaunch"
@@ -25,9 +20,6 @@ module "storage" {
   source = "../modules/storage"
 
   name              = var.name
-  account_id        = local.account_id
-  partition         = local.partition
-  region            = var.region
   undelete_days     = var.undelete_days
   log_days          = local.log_days
   delete_on_destroy = var.delete_on_destroy
@@ -37,7 +29,6 @@ module "registry" {
   source = "../modules/registry"
 
   name              = var.name
-  host              = "${local.account_id}.dkr.ecr.${var.region}.${data.aws_partition.current.dns_suffix}"
   delete_on_destroy = var.delete_on_destroy
 }
 
@@ -45,7 +36,6 @@ module "network" {
   source = "../modules/network"
 
   name           = var.name
-  region         = var.region
   cidr           = var.vpc_cidr
   zone_count     = var.zone_count
   nat_per_zone   = var.nat_per_zone
@@ -57,9 +47,6 @@ module "identity" {
 
   name         = var.name
   cluster_name = module.cluster.name
-  partition    = local.partition
-  region       = var.region
-  account_id   = local.account_id
 
   read = concat(
     [{ bucket = module.storage.buckets.data, prefix = "" }],
@@ -79,7 +66,6 @@ module "cluster" {
   source = "../modules/cluster"
 
   name                 = var.name
-  partition            = local.partition
   kubernetes_version   = var.kubernetes_version
   subnet_ids           = module.network.private_subnet_ids
   endpoint_cidrs       = var.endpoint_cidrs
@@ -88,7 +74,6 @@ module "cluster" {
   system_nodes         = var.system_nodes
   head_nodes           = var.head_nodes
   log_days             = local.log_days
-  tags                 = local.tags
 }
 
 module "gpu_pool" {
@@ -101,10 +86,7 @@ module "gpu_pool" {
   on_demand     = each.value.on_demand
   spot          = each.value.spot
   cache_gib     = var.cache_gib
-  cluster_name  = module.cluster.name_for_nodes
-  node_role_arn = module.identity.node_role_arn
-  subnet_ids    = module.network.private_subnet_ids
-  tags          = local.tags
+  cluster       = module.cluster.for_nodes
 }
 
 # Of the whole account: a budget by tag counts nothing until somebody activates the tag for billing, and says so nowhere.

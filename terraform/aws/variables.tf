@@ -1,3 +1,8 @@
+locals {
+  # The ARN of an IAM role or user, without wildcards.
+  principal = "^arn:aws[a-z-]*:iam::[0-9]{12}:(role|user)/[^*]+$"
+}
+
 # -- what must be said
 
 variable "region" {
@@ -19,7 +24,7 @@ variable "admin_principal_arns" {
     error_message = "Name at least one administrator, or nobody can reach the cluster: aws sts get-caller-identity shows who you are."
   }
   validation {
-    condition     = alltrue([for arn in var.admin_principal_arns : can(regex("^arn:aws[a-z-]*:iam::[0-9]{12}:(role|user)/[^*]+$", arn))])
+    condition     = alltrue([for arn in var.admin_principal_arns : can(regex(local.principal, arn))])
     error_message = "An administrator is the ARN of an IAM role or user, such as arn:aws:iam::123456789012:role/admin."
   }
 }
@@ -122,7 +127,7 @@ variable "launcher_principal_arns" {
   default     = []
 
   validation {
-    condition     = alltrue([for arn in var.launcher_principal_arns : can(regex("^arn:aws[a-z-]*:iam::[0-9]{12}:(role|user)/[^*]+$", arn))])
+    condition     = alltrue([for arn in var.launcher_principal_arns : can(regex(local.principal, arn))])
     error_message = "Who launches is the ARN of an IAM role or user, such as arn:aws:iam::123456789012:user/anna."
   }
 }

@@ -1,7 +1,10 @@
 # An EKS cluster, who may administer it, and the nodes that are not for training: a few always there for operators, and
 # some from zero for the heads of runs.
 
+data "aws_partition" "current" {}
+
 resource "aws_kms_key" "secrets" {
+  #checkov:skip=CKV2_AWS_64:the default policy leaves the key to the account's IAM; another is one more way to lock everyone out
   description             = "Encrypts the Kubernetes secrets of ${var.name}"
   enable_key_rotation     = true
   deletion_window_in_days = 7
@@ -14,6 +17,7 @@ resource "aws_kms_alias" "secrets" {
 
 # Made before the cluster, which would make it without an end to what it keeps, and leave it behind.
 resource "aws_cloudwatch_log_group" "control_plane" {
+  #checkov:skip=CKV_AWS_158:CloudWatch's own key encrypts as well, and audit logs have only the names of secrets
   name              = "/aws/eks/${var.name}/cluster"
   retention_in_days = var.log_days
 }
@@ -32,7 +36,7 @@ resource "aws_iam_role" "control_plane" {
 
 resource "aws_iam_role_policy_attachment" "control_plane" {
   role       = aws_iam_role.control_plane.name
-  policy_arn = "arn:${var.partition}:iam::aws:policy/AmazonEKSClusterPolicy"
+  policy_arn = "arn:${data.aws_partition.current.partition}:iam::aws:policy/AmazonEKSClusterPolicy"
 }
 
 resource "aws_eks_cluster" "this" {
@@ -82,7 +86,7 @@ resource "aws_eks_access_policy_association" "admin" {
 
   cluster_name  = aws_eks_cluster.this.name
   principal_arn = aws_eks_access_entry.admin[each.key].principal_arn
-  policy_arn    = "arn:${var.partition}:eks::aws:cluster-access-policy/AmazonEKSClusterAdminPolicy"
+  policy_arn    = "arn:${data.aws_partition.current.partition}:eks::aws:cluster-access-policy/AmazonEKSClusterAdminPolicy"
   access_scope {
     type = "cluster"
   }
@@ -115,23 +119,26 @@ resource "aws_eks_addon" "on_nodes" {
 }
 
 locals {
-  # What makes a node ready must be there when the first one comes; this waits for all of them.
-  name_for_nodes = aws_eks_addon.before_nodes["vpc-cni"].cluster_name
+  for_nodes = {
+    # What makes a node ready must be there when the first one comes; this waits for all of them.
+    name          = aws_eks_addon.before_nodes["vpc-cni"].cluster_name
+    version       = aws_eks_cluster.this.version
+    node_role_arn = var.node_role_arn
+    subnet_ids    = var.subnet_ids
+  }
 }
 
 module "system_nodes" {
   source = "../node_group"
 
   name          = "system"
-  cluster_name  = local.name_for_nodes
-  node_role_arn = var.node_role_arn
+  cluster       = local.for_nodes
   subnet_ids    = values(var.subnet_ids)
   instance_type = var.system_nodes.instance_type
   min_nodes     = var.system_nodes.count
   max_nodes     = var.system_nodes.count + 2
   labels        = { "raylaunch.dev/nodes" = "system" }
   disk          = { gib = 30 }
-  tags          = var.tags
 }
 
 # On demand, for a run dies with its head too often; tainted, so that nothing else keeps a node from going away.
@@ -139,8 +146,7 @@ module "head_nodes" {
   source = "../node_group"
 
   name          = "head"
-  cluster_name  = local.name_for_nodes
-  node_role_arn = var.node_role_arn
+  cluster       = local.for_nodes
   subnet_ids    = values(var.subnet_ids)
   instance_type = var.head_nodes.instance_type
   max_nodes     = var.head_nodes.max_nodes
@@ -148,7 +154,6 @@ module "head_nodes" {
   taints        = { "raylaunch.dev/head" = "true" }
   resources     = { "ephemeral-storage" = "${local.head_disk_gib - 20}Gi" }
   disk          = { gib = local.head_disk_gib }
-  tags          = var.tags
 }
 
 locals {

@@ -3,9 +3,9 @@ output "name" {
   value       = aws_eks_cluster.this.name
 }
 
-output "name_for_nodes" {
-  description = "Name of the cluster, once nodes can become ready in it."
-  value       = local.name_for_nodes
+output "for_nodes" {
+  description = "The cluster as node groups take it, once nodes can become ready in it."
+  value       = local.for_nodes
 }
 
 output "endpoint" {

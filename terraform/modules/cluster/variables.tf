@@ -3,11 +3,6 @@ variable "name" {
   description = "Name of the cluster."
 }
 
-variable "partition" {
-  type        = string
-  description = "AWS partition, such as aws or aws-cn."
-}
-
 variable "kubernetes_version" {
   type        = string
   description = "Kubernetes version of control plane and nodes."
@@ -46,9 +41,4 @@ variable "head_nodes" {
 variable "log_days" {
   type        = number
   description = "For how many days the control plane's logs are kept."
-}
-
-variable "tags" {
-  type        = map(string)
-  description = "Tags for instances, volumes and network interfaces."
 }

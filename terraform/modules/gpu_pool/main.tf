@@ -1,7 +1,7 @@
 # One kind of GPU node, on demand, on spot, or both, from zero; and what the launcher has to know of it.
 #
-# A group stands in one zone: a run on several nodes then stays in one, where their traffic is fast and free, and if the
-# zone has no such machine left the autoscaler tries the group of the next.
+# A group stands in one zone: the autoscaler meets what a run waits for from one group, so that the traffic between its
+# nodes is fast and free, and if the zone has no such machine left it tries the group of the next.
 
 data "aws_ec2_instance_type" "this" {
   instance_type = var.instance_type
@@ -34,7 +34,7 @@ locals {
   machine = data.aws_ec2_instance_type.this
   gpu     = tolist(local.machine.gpus)[0]
   nvme    = local.machine.instance_storage_supported
-  zones   = setintersection(data.aws_ec2_instance_type_offerings.zones.locations, keys(var.subnet_ids))
+  zones   = setintersection(data.aws_ec2_instance_type_offerings.zones.locations, keys(var.cluster.subnet_ids))
   offers  = { for kind, offer in { on-demand = var.on_demand, spot = var.spot } : kind => offer if offer != null }
   groups = {
     for pair in setproduct(keys(local.offers), local.zones) :
@@ -55,9 +55,8 @@ module "nodes" {
   for_each = local.groups
 
   name            = each.key
-  cluster_name    = var.cluster_name
-  node_role_arn   = var.node_role_arn
-  subnet_ids      = [var.subnet_ids[each.value.zone]]
+  cluster         = var.cluster
+  subnet_ids      = [var.cluster.subnet_ids[each.value.zone]]
   instance_type   = var.instance_type
   ami_type        = "AL2023_x86_64_NVIDIA"
   spot            = each.value.spot
@@ -75,5 +74,4 @@ module "nodes" {
     iops           = local.nvme ? 3000 : 6000
     mib_per_second = local.nvme ? 125 : 500
   }
-  tags = var.tags
 }

@@ -23,6 +23,6 @@ output "node_type" {
   # Not asked of the offerings themselves: they would then be read only when the network is there, too late for a plan.
   precondition {
     condition     = length(local.zones) > 0
-    error_message = "${var.instance_type} is sold in none of ${join(", ", keys(var.subnet_ids))}."
+    error_message = "${var.instance_type} is sold in none of ${join(", ", keys(var.cluster.subnet_ids))}."
   }
 }

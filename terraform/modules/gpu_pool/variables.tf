@@ -28,22 +28,7 @@ variable "cache_gib" {
   description = "Space that a node keeps for downloaded images, on its NVMe disks or else on its root volume."
 }
 
-variable "cluster_name" {
-  type        = string
-  description = "Name of the cluster, once it is ready for nodes."
-}
-
-variable "node_role_arn" {
-  type        = string
-  description = "ARN of the role of the nodes."
-}
-
-variable "subnet_ids" {
-  type        = map(string)
-  description = "Private subnet of each zone, by zone."
-}
-
-variable "tags" {
-  type        = map(string)
-  description = "Tags for instances, volumes and network interfaces."
+variable "cluster" {
+  type        = object({ name = string, version = string, node_role_arn = string, subnet_ids = map(string) })
+  description = "The cluster, once nodes can become ready in it: as a node group takes it, and its private subnet in each zone."
 }

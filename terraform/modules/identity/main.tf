@@ -1,8 +1,16 @@
 # Who may do what: nodes, the pods of runs, the cluster autoscaler, and the people who launch. Pods get their roles by
 # EKS Pod Identity, so no key is stored anywhere.
 
+data "aws_caller_identity" "current" {}
+data "aws_partition" "current" {}
+data "aws_region" "current" {}
+
 locals {
-  cluster_arn = "arn:${var.partition}:eks:${var.region}:${var.account_id}:cluster/${var.name}"
+  account_id = data.aws_caller_identity.current.account_id
+  partition  = data.aws_partition.current.partition
+  here       = "${data.aws_region.current.name}:${local.account_id}"
+
+  cluster_arn = "arn:${local.partition}:eks:${local.here}:cluster/${var.name}"
 
   # Only this cluster's pods; TagSession is how EKS says which pod it was, in CloudTrail too.
   for_pods = jsonencode({
@@ -12,7 +20,7 @@ locals {
       Principal = { Service = "pods.eks.amazonaws.com" }
       Action    = ["sts:AssumeRole", "sts:TagSession"]
       Condition = {
-        StringEquals = { "aws:SourceAccount" = var.account_id }
+        StringEquals = { "aws:SourceAccount" = local.account_id }
         ArnEquals    = { "aws:SourceArn" = local.cluster_arn }
       }
     }]
@@ -37,14 +45,14 @@ resource "aws_iam_role_policy_attachment" "node" {
   for_each = toset(["AmazonEKSWorkerNodePolicy", "AmazonEKS_CNI_Policy", "AmazonEC2ContainerRegistryPullOnly"])
 
   role       = aws_iam_role.node.name
-  policy_arn = "arn:${var.partition}:iam::aws:policy/${each.key}"
+  policy_arn = "arn:${local.partition}:iam::aws:policy/${each.key}"
 }
 
 # -- runs: what a pod of a run, and who launched it, may do with data
 
 locals {
-  read = [for place in var.read : merge(place, { arn = "arn:${var.partition}:s3:::${place.bucket}" })]
-  runs = "arn:${var.partition}:s3:::${var.runs.bucket}"
+  read = [for place in var.read : merge(place, { arn = "arn:${local.partition}:s3:::${place.bucket}" })]
+  runs = "arn:${local.partition}:s3:::${var.runs.bucket}"
 
   # A place is a whole bucket or a prefix in one. To list only the prefix has a price: an object that is missing there is
   # reported as refused. The bucket of runs is for nothing else and may be listed, for a run often asks what is not there.
@@ -175,13 +183,13 @@ resource "aws_iam_role_policy" "autoscaler" {
         Sid      = "LookAtNodeGroups"
         Effect   = "Allow"
         Action   = ["eks:DescribeNodegroup"]
-        Resource = ["arn:${var.partition}:eks:${var.region}:${var.account_id}:nodegroup/${var.name}/*"]
+        Resource = ["arn:${local.partition}:eks:${local.here}:nodegroup/${var.name}/*"]
       },
       {
         Sid       = "ScaleThisCluster" # EKS puts the tag on the groups behind node groups
         Effect    = "Allow"
         Action    = ["autoscaling:SetDesiredCapacity", "autoscaling:TerminateInstanceInAutoScalingGroup"]
-        Resource  = ["arn:${var.partition}:autoscaling:${var.region}:${var.account_id}:autoScalingGroup:*"]
+        Resource  = ["arn:${local.partition}:autoscaling:${local.here}:autoScalingGroup:*"]
         Condition = { StringEquals = { "aws:ResourceTag/k8s.io/cluster-autoscaler/${var.name}" = "owned" } }
       },
     ]

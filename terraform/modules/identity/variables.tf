@@ -8,21 +8,6 @@ variable "cluster_name" {
   description = "Name of the cluster, once it is there."
 }
 
-variable "partition" {
-  type        = string
-  description = "AWS partition, such as aws or aws-cn."
-}
-
-variable "region" {
-  type        = string
-  description = "AWS region."
-}
-
-variable "account_id" {
-  type        = string
-  description = "Number of the AWS account."
-}
-
 variable "read" {
   type        = list(object({ bucket = string, prefix = string }))
   description = "Where data sets lie: a bucket and a prefix without slashes around it, or an empty one for all of the bucket."

@@ -1,10 +1,21 @@
 # A VPC whose nodes sit in private subnets, one per zone, and reach out through NAT. Nothing outside reaches in.
 
+data "aws_region" "current" {}
+
 data "aws_availability_zones" "usual" {
-  state = "available"
+  #checkov:skip=CKV_AWS_394:only the first zone_count of the sorted names are used, so a new zone moves none
+  state            = "available"
+  exclude_zone_ids = ["use1-az3", "usw1-az2", "cac1-az3"] # there EKS takes no subnet
   filter {
     name   = "opt-in-status"
     values = ["opt-in-not-required"]
+  }
+
+  lifecycle {
+    postcondition {
+      condition     = length(self.names) >= var.zone_count
+      error_message = "The region has ${length(self.names)} availability zones that EKS takes; lower zone_count."
+    }
   }
 }
 
@@ -110,7 +121,7 @@ resource "aws_route_table_association" "private" {
 # Free, and every image of every run goes through it: NAT would take its price for each gigabyte.
 resource "aws_vpc_endpoint" "s3" {
   vpc_id            = aws_vpc.this.id
-  service_name      = "com.amazonaws.${var.region}.s3"
+  service_name      = "com.amazonaws.${data.aws_region.current.name}.s3"
   vpc_endpoint_type = "Gateway"
   route_table_ids   = [for table in aws_route_table.private : table.id]
   tags              = { Name = "${var.name}-s3" }

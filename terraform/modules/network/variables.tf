@@ -3,11 +3,6 @@ variable "name" {
   description = "Name of the VPC, and the first part of the names of what is in it."
 }
 
-variable "region" {
-  type        = string
-  description = "AWS region, of which the S3 endpoint is."
-}
-
 variable "cidr" {
   type        = string
   description = "Addresses of the VPC, at least a /16: each zone takes a sixteenth for nodes and pods."

@@ -1,5 +1,8 @@
 # One managed node group: what every node of the cluster has in common (metadata service, disk, tags) is said here once.
 
+# What nodes bring along (instances, volumes, network interfaces) gets no tags from the provider.
+data "aws_default_tags" "current" {}
+
 locals {
   # The instance's own disks as one array under kubelet and containerd, so that images and caches lie on them.
   local_disks = <<-EOT
@@ -32,7 +35,7 @@ locals {
 }
 
 resource "aws_launch_template" "this" {
-  name_prefix            = "${var.cluster_name}-${var.name}-"
+  name_prefix            = "${var.cluster.name}-${var.name}-"
   update_default_version = true
   user_data              = var.use_local_disks ? base64encode(local.local_disks) : null
 
@@ -59,15 +62,16 @@ resource "aws_launch_template" "this" {
     for_each = toset(["instance", "volume", "network-interface"])
     content {
       resource_type = tag_specifications.value
-      tags          = merge(var.tags, { Name = "${var.cluster_name}-${var.name}" })
+      tags          = merge(data.aws_default_tags.current.tags, { Name = "${var.cluster.name}-${var.name}" })
     }
   }
 }
 
 resource "aws_eks_node_group" "this" {
-  cluster_name    = var.cluster_name
+  cluster_name    = var.cluster.name
+  version         = var.cluster.version
   node_group_name = var.name
-  node_role_arn   = var.node_role_arn
+  node_role_arn   = var.cluster.node_role_arn
   subnet_ids      = var.subnet_ids
   ami_type        = var.ami_type
   capacity_type   = var.spot ? "SPOT" : "ON_DEMAND"

@@ -3,14 +3,9 @@ variable "name" {
   description = "Name of the group, unique in its cluster."
 }
 
-variable "cluster_name" {
-  type        = string
-  description = "Name of the cluster, once it is ready for nodes."
-}
-
-variable "node_role_arn" {
-  type        = string
-  description = "ARN of the role of the nodes."
+variable "cluster" {
+  type        = object({ name = string, version = string, node_role_arn = string })
+  description = "The cluster, once nodes can become ready in it: its name and version, and the ARN of its nodes' role."
 }
 
 variable "subnet_ids" {
@@ -76,9 +71,4 @@ variable "use_local_disks" {
   type        = bool
   description = "Keep images and pods' files on the instance's own NVMe disks instead of the root volume."
   default     = false
-}
-
-variable "tags" {
-  type        = map(string)
-  description = "Tags for instances, volumes and network interfaces, which get none from the provider."
 }

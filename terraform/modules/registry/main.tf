@@ -1,6 +1,11 @@
 # Where the image of the pods lies.
 
+data "aws_caller_identity" "current" {}
+data "aws_partition" "current" {}
+data "aws_region" "current" {}
+
 resource "aws_ecr_repository" "this" {
+  #checkov:skip=CKV_AWS_136:ECR's own key encrypts as well; one of KMS adds a price and a way to lose every image
   name = var.name
   # A tag that cannot move makes `raylaunch:0.1.0` as good a pin as a digest.
   image_tag_mutability = "IMMUTABLE"

@@ -3,21 +3,6 @@ variable "name" {
   description = "First part of the buckets' names; the account's number, which makes them unique, is the last."
 }
 
-variable "account_id" {
-  type        = string
-  description = "Number of the AWS account."
-}
-
-variable "partition" {
-  type        = string
-  description = "AWS partition, such as aws or aws-cn."
-}
-
-variable "region" {
-  type        = string
-  description = "AWS region whose logs are taken."
-}
-
 variable "undelete_days" {
   type        = number
   description = "For how many days what was deleted or overwritten can be got back (and is paid for)."
