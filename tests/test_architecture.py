@@ -31,7 +31,7 @@ ORDER = (
     ("show_sweep", "show_schedule"),
     ("where",),
     ("manage",),
-    ("operate",),
+    ("operate", "datasets"),
     ("cli",),
     ("__main__",),
 )
@@ -40,8 +40,8 @@ ORDER = (
 CLIENT = "launcher.cluster"
 """The one module that knows the Kubernetes client, in its functions."""
 
-REACH_TRAINERS = {"launcher.manage", "launcher.preflight"}
-"""Where the control plane calls the data plane: for the index, the report and `predict`, inside functions."""
+REACH_TRAINERS = {"launcher.manage", "launcher.preflight", "launcher.datasets"}
+"""Where the control plane calls the data plane: for the index, the report, `predict` and `data`, inside functions."""
 
 SHARED = {"errors", "section", "space", "spec", "sweeps", "runs", "storage", "journal", "s3", "catalog", "__init__"}
 """What the data plane may know of the control plane: the spec, the run directory, and where its caches are."""

@@ -32,7 +32,7 @@ from tests.report_run import build
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = ("run", "sweep", "resume", "schema", "list", "status", "trials", "attach", "logs", "cancel", "report",
-            "predict", "rm", "pools", "doctor", "dashboard", "gc")  # fmt: skip
+            "predict", "rm", "data", "pools", "doctor", "dashboard", "gc")  # fmt: skip
 GOLDEN = Path(__file__).parent / "golden"
 RESULT = {"split": "val", "epoch": 19, "count": 800, "top1": 0.9325, "top5": 0.991, "macro_f1": 0.9301, "loss": 0.7}
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import re
 import tarfile
 from collections.abc import Iterable, Iterator
@@ -29,8 +30,12 @@ THREADS = 32
 LABELS = ("cls", "json", "txt")
 """Endings of files that may hold the label; the first one that is there counts."""
 LABEL_KEYS = ("label", "class", "cls")
+WEIGHT_KEY = "sampling_weight"
+"""In a JSON file: how often to draw the image, 1 being usual."""
 MOST_LABEL_BYTES = 1 << 20
-_VERSION = 1
+UNFINISHED = ".packing.json"
+"""Lies beside the shards of a pack until all are there."""
+_VERSION = 2
 _NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)
 _BRACES = re.compile(r"\{([^{}]*)\}")
 
@@ -45,6 +50,10 @@ def list_shards(store: Store, shards: list[Entry], ignored: int, val_split: str 
     import pyarrow as pa
     import pyarrow.compute as pc
 
+    with suppress(FileNotFoundError):
+        store.read(UNFINISHED)
+        raise DataError("this pack is not finished", where=store.uri,
+                        hint="go on with it by the same launch data pack as before")  # fmt: skip
     split_of = file_splits([shard.key for shard in shards], val_split, store.uri)
     used = [shard for shard in shards if split_of[shard.key] is not None]
     with ThreadPoolExecutor(min(THREADS, len(used)), thread_name_prefix="shards") as pool:
@@ -61,7 +70,7 @@ def list_shards(store: Store, shards: list[Entry], ignored: int, val_split: str 
             "key": pc.binary_join_element_wise(pa.scalar(shard.key), scan["member"], "/"),
             "object": pa.repeat(shard.key, count), "offset": scan["offset"], "size": scan["size"],
             "etag": pa.repeat(shard.etag, count), "label": _named(scan["label"], names, f"{store.uri}/{shard.key}"),
-            "split": pa.repeat(split, count),
+            "split": pa.repeat(split, count), "weight": scan["weight"],
         })))  # fmt: skip
     for split, of_shards in samples.items():
         _check_unique(of_shards, split, store.uri)
@@ -115,12 +124,13 @@ def _known(store: Store, shard: Entry) -> pa.Table:
 
 
 def _scan(store: Store, shard: Entry) -> pa.Table:
-    """Columns sample, member, offset, size and label of the images in a shard; `ignored` in the metadata."""
+    """Columns sample, member, offset, size, label and weight of the images in a shard; `ignored` in the metadata."""
     import pyarrow as pa
 
     where = f"{store.uri}/{shard.key}"
     images: dict[str, list[tuple[str, int, int]]] = {}
     labels: dict[str, dict[str, str]] = {}
+    weights: dict[str, float] = {}
     ignored = 0
     for member, data in _members(Ranged(store, shard), shard, where):
         name = _NAME.fullmatch(member.name.removeprefix("./"))
@@ -128,9 +138,11 @@ def _scan(store: Store, shard: Entry) -> pa.Table:
         if name and kind in IMAGE_SUFFIXES:
             images.setdefault(name[1], []).append((name[2], member.offset_data, member.size))
         elif name and kind in LABELS:
-            label = _label(kind, data, f"{where}/{member.name}")
+            label, weight = _label(kind, data, f"{where}/{member.name}")
             if label is not None:
                 labels.setdefault(name[1], {})[kind] = label
+            if weight is not None:
+                weights[name[1]] = weight
         else:
             ignored += 1
     several = [sample for sample, found in images.items() if len(_plain(found)) > 1]
@@ -150,6 +162,7 @@ def _scan(store: Store, shard: Entry) -> pa.Table:
         "offset": pa.array(offsets, pa.int64()),
         "size": pa.array(sizes, pa.int64()),
         "label": pa.array(chosen, pa.string()),
+        "weight": pa.array(map(weights.get, images), pa.float64()),
     }
     return pa.table(columns).replace_schema_metadata({"ignored": str(ignored)})
 
@@ -187,22 +200,25 @@ def _members(file: Ranged, shard: Entry, where: str) -> Iterator[tuple[tarfile.T
         raise DataError("the shard is gone", where=where, hint="restore it") from error
 
 
-def _label(kind: str, data: bytes, where: str) -> str | None:
-    """The label that a file holds; None if it holds none."""
+def _label(kind: str, data: bytes, where: str) -> tuple[str | None, float | None]:
+    """The label and the weight that a file holds, each None if it holds none."""
     try:
         text = data.decode().strip()
         if kind != "json":
-            return text or None
+            return text or None, None
         found = json.loads(text)
-        values = [found[key] for key in LABEL_KEYS if key in found] if isinstance(found, dict) else []
     except ValueError as error:
         raise DataError(f"the label cannot be read: {error}", where=where,
                         hint="write it as UTF-8 text or JSON") from error  # fmt: skip
-    value = values[0] if values else None
+    found = found if isinstance(found, dict) else {}
+    value, weight = next((found[key] for key in LABEL_KEYS if key in found), None), found.get(WEIGHT_KEY)
     if value is not None and (isinstance(value, bool) or not isinstance(value, (str, int))):
         raise DataError(f"the label is no text or whole number: {few([value])}", where=where,
                         hint='write {"label": "name of the class"}')  # fmt: skip
-    return None if value is None else str(value).strip() or None
+    if weight is not None and not (type(weight) in (int, float) and 0 < weight < math.inf):
+        raise DataError(f"the {WEIGHT_KEY} is no positive number: {few([weight])}", where=where,
+                        hint="write how often to draw the image, 1 being usual, or leave it out")  # fmt: skip
+    return None if value is None else str(value).strip() or None, weight
 
 
 # -- over all shards
