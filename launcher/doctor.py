@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -28,6 +29,10 @@ OLDEST_OPERATOR = (1, 6)
 
 HEAD_SECONDS = 900
 """Time in which a new node comes up and pulls a large image."""
+
+NAMESPACES = Kind("/api/v1", "namespaces", namespaced=False)
+NETWORK_POLICIES = Kind("/apis/networking.k8s.io/v1", "networkpolicies")
+DAEMON_SETS = Kind("/apis/apps/v1", "daemonsets")
 
 NEEDED: tuple[tuple[Kind, str, str, str], ...] = (
     (api.RAY_JOBS, "create get list watch delete", "", "start, watch and end runs"),
@@ -93,9 +98,11 @@ def cluster_checks(pool: Pool, cluster: Cluster) -> Iterator[Check]:
         lambda: _operator(cluster),
         lambda: _image(site),
         lambda: _objects(cluster, site),
+        lambda: _queue(cluster, site),
         lambda: iter([storage(site.storage)]),
         lambda: _quota(cluster, site),
         lambda: _gpus(cluster, site),
+        lambda: _walls(cluster),
     )
     for step in steps:
         try:
@@ -126,7 +133,7 @@ def _permissions(cluster: Cluster, site: Site) -> Iterator[Check]:
         if lacking:
             name = f"{kind.plural}/{sub}" if sub else kind.plural
             missing.append(f"{' '.join(lacking)} {name} ({why})")
-    hint = f"ask for a Role with these in {cluster.namespace}; docs/cluster.md has it"
+    hint = f"ask for a Role with these in {cluster.namespace}; k8s/base/launcher-role.yaml is one"
     yield (Check("permissions", False, f"you may not {'; '.join(missing)}", hint) if missing
            else Check("permissions", True, f"you may run, watch and end runs in {cluster.namespace}"))  # fmt: skip
     if not cluster.allowed("list", api.NODES):
@@ -135,7 +142,8 @@ def _permissions(cluster: Cluster, site: Site) -> Iterator[Check]:
 
 
 def _operator(cluster: Cluster) -> Iterator[Check]:
-    install = "install KubeRay 1.7: https://docs.ray.io/en/latest/cluster/kubernetes/getting-started.html"
+    install = "install KubeRay 1.7: kubectl apply --server-side -k k8s/operators/kuberay; docs/deploy.md"
+    ours = "app.kubernetes.io/name in (kuberay-operator,kuberay)"  # its Helm chart and its kustomization disagree
     try:
         absent = [name for name in ("rayjobs.ray.io", "rayclusters.ray.io") if cluster.get(api.CRDS, name) is None]
     except SiteError:  # definitions are seldom readable; that the kind is served says the same
@@ -146,7 +154,7 @@ def _operator(cluster: Cluster) -> Iterator[Check]:
         yield Check("kuberay", False, f"the cluster does not know {', '.join(absent)}", install)
         return
     try:
-        found = cluster.objects(api.DEPLOYMENTS, labels="app.kubernetes.io/name=kuberay-operator", everywhere=True)
+        found = cluster.objects(api.DEPLOYMENTS, labels=ours, everywhere=True)
     except SiteError:
         yield Check("kuberay", None, "RayJobs are known; you may not see the operator, so its version is not known",
                     f"ask for its version: {'.'.join(map(str, OLDEST_OPERATOR))} or newer is needed")  # fmt: skip
@@ -208,12 +216,24 @@ def _objects(cluster: Cluster, site: Site) -> Iterator[Check]:
             continue
         if found is None and kind is api.LOCAL_QUEUES and not cluster.serves(kind):
             yield Check(what, False, f"the pool names {what} {name}, but Kueue is not installed",
-                        "install Kueue, or the pool's owner leaves out queue in its ConfigMap")  # fmt: skip
+                        "install Kueue (k8s/operators/kueue), or the pool's owner leaves queue out")  # fmt: skip
         elif found is None:
             yield Check(what, False, f"the pool names {what} {name}, which is not in {cluster.namespace}",
                         "the pool's owner makes it, or names another in the pool's ConfigMap")  # fmt: skip
         else:
             yield Check(what, True, f"{what} {name} is there")
+
+
+def _queue(cluster: Cluster, site: Site) -> Iterator[Check]:
+    """What keeps the queue from letting runs go, in Kueue's words. They may be put into it all the same."""
+    found = None
+    if site.queue:
+        with suppress(SiteError):
+            found = cluster.get(api.LOCAL_QUEUES, site.queue)
+    for condition in ((found or {}).get("status") or {}).get("conditions") or []:
+        if condition["type"] == "Active" and condition["status"] == "False":
+            what = f"queue {site.queue} lets no run go: {condition.get('message', '').rstrip('.')}"
+            yield Check("queue", False, what, "kubectl describe clusterqueues says more; the pool's owner mends it")
 
 
 def _quota(cluster: Cluster, site: Site) -> Iterator[Check]:
@@ -234,6 +254,7 @@ def _gpus(cluster: Cluster, site: Site) -> Iterator[Check]:
         nodes, pods = cluster.objects(api.NODES), cluster.objects(api.PODS, everywhere=True)
     except SiteError:
         return
+    away = []
     for kind in site.node_types:
         free = free_nodes(nodes, pods, kind, site.gpu_resource)
         total, left = sum(node.all_gpus for node in free), sum(node.gpus for node in free)
@@ -243,3 +264,51 @@ def _gpus(cluster: Cluster, site: Site) -> Iterator[Check]:
         else:
             gpus = f", {left} of {total} GPUs free" if kind.gpus else ""
             yield Check("gpus", True, f"{kind.name}: {count(len(free), 'node')} of at most {kind.max_nodes}{gpus}")
+        if not free:
+            away.append(kind)
+    if away:
+        yield from _from_zero(cluster, [kind.name for kind in away], any(kind.gpus for kind in away))
+
+
+def _from_zero(cluster: Cluster, kinds: list[str], gpus: bool) -> Iterator[Check]:
+    """What brings nodes that are not there yet, and their GPUs. Some clouds do either out of sight: all is advice."""
+    wanted = [("autoscaler", api.DEPLOYMENTS, r"autoscaler|karpenter", "a node autoscaler",
+               f"nobody brings a node of {', '.join(kinds)}")]  # fmt: skip
+    if gpus:
+        wanted.append(("device plugin", DAEMON_SETS, r"device-plugin|gpu-operator", "a device plugin",
+                       "nobody offers the GPUs of a new node"))  # fmt: skip
+    for name, kind, pattern, what, without in wanted:
+        try:
+            running = [item["metadata"]["name"] for item in cluster.objects(kind, everywhere=True)]
+        except SiteError:
+            yield Check(name, None, f"you may not see whether there is {what}")
+            continue
+        found = [item for item in running if re.search(pattern, item)]
+        if found:
+            yield Check(name, True, f"{found[0]} is there")
+        else:
+            yield Check(name, None, f"no {what.partition(' ')[2]} is seen; without one {without}",
+                        "docs/deploy.md installs one; EKS Auto Mode and GKE have their own")  # fmt: skip
+
+
+def _walls(cluster: Cluster) -> Iterator[Check]:
+    """What a run does not need, and others do: nobody reaches Ray from outside, and no pod gets out of itself."""
+    hint = "the owner of the namespace adds what k8s/base has for it; docs/deploy.md"
+    try:
+        policies = cluster.objects(NETWORK_POLICIES)
+        if any("Ingress" in item["spec"].get("policyTypes", ["Ingress"]) for item in policies):
+            yield Check("network", True, f"network policies say who reaches the pods of {cluster.namespace}")
+        else:
+            yield Check("network", None, f"every pod of the cluster reaches Ray in {cluster.namespace}", hint)
+    except SiteError:
+        yield Check("network", None, f"you may not see the network policies of {cluster.namespace}")
+    try:
+        labels = (cluster.get(NAMESPACES, cluster.namespace) or {}).get("metadata", {}).get("labels") or {}
+    except SiteError:
+        yield Check("pod security", None, f"you may not see the labels of {cluster.namespace}")
+        return
+    level = labels.get("pod-security.kubernetes.io/enforce", "privileged")
+    if level == "privileged":
+        yield Check("pod security", None, f"a pod in {cluster.namespace} may do anything to its node", hint)
+    else:
+        yield Check("pod security", True, f"pods in {cluster.namespace} are held to {level}")

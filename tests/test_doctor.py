@@ -36,7 +36,14 @@ def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def site(tmp_path: Path, bucket: str) -> Iterator[Site]:
     with Site(tmp_path, f"{bucket}/runs", speed=60.0) as made:
+        made.api.patch("namespaces", None, NAMESPACE, level("restricted"))
+        makes("networkpolicies", "default-deny", spec={"podSelector": {}, "policyTypes": ["Ingress", "Egress"]})(made)
         yield made
+
+
+def level(name: str | None) -> dict[str, Any]:
+    """What makes pods of a namespace keep to a standard; None to none."""
+    return {"metadata": {"labels": {"pod-security.kubernetes.io/enforce": name}}}
 
 
 def launch(*words: str) -> Result:
@@ -68,6 +75,12 @@ def operator_image(tag: str) -> Break:
     return operator(spec={"template": {"spec": {"containers": containers}}})
 
 
+def other_labels(site: Site) -> None:
+    """Those of KubeRay's kustomization; its Helm chart has others."""
+    labels = {"app.kubernetes.io/name": "kuberay", "app.kubernetes.io/component": "kuberay-operator"}
+    operator(metadata={"labels": labels})(site)
+
+
 def together(*breaks: Break) -> Break:
     return lambda site: [each(site) for each in breaks]
 
@@ -91,6 +104,17 @@ def makes(plural: str, name: str, **more: Any) -> Break:
 
 def kueue(queue: str) -> Break:
     return lambda site: site.controllers.enable_kueue(8, namespace=NAMESPACE, queue=queue)
+
+
+def stopped_queue(site: Site) -> None:
+    kueue("team-a")(site)
+    condition = {"type": "Active", "status": "False", "reason": "ClusterQueueIsInactive",
+                 "message": "Can't submit new workloads to clusterQueue"}  # fmt: skip
+    site.api.update_status("localqueues", NAMESPACE, "team-a", {"conditions": [condition]})
+
+
+def installed(plural: str, name: str) -> Break:
+    return lambda site: site.api.create(plural, {"metadata": {"name": name, "namespace": "kube-system"}, "spec": {}})
 
 
 def quota(used: str | None) -> Break:
@@ -129,6 +153,7 @@ CASES: dict[str, tuple[Break, str, bool | None, str, str]] = {
                            "RAYJOB_STATUS_CHECK_TIMEOUT_SECONDS=1800"),
     "operator down": (operator(status={"readyReplicas": None}), "kuberay", WRONG, "deployed, but not running",
                       "kubectl -n kuberay-system get pods"),
+    "operator by kustomize": (other_labels, "kuberay", OK, "the operator runs, v1.7.0", ""),
     "operator unseen": (denies(("list", "deployments")), "kuberay", NOTE, "you may not see the operator",
                         "1.6 or newer is needed"),
     "no definitions": (no_definitions, "kuberay", WRONG, "does not know rayjobs.ray.io, rayclusters.ray.io", INSTALL),
@@ -148,10 +173,12 @@ CASES: dict[str, tuple[Break, str, bool | None, str, str]] = {
     "no secret": (describes(env_secret="hub"), "secret", WRONG, "secret hub, which is not in ml", OWNER),
     "secret": (together(describes(env_secret="hub"), makes("secrets", "hub")), "secret", OK, "hub is there", ""),
     "no Kueue": (describes(queue="team-a"), "queue", WRONG, "queue team-a, but Kueue is not installed",
-                 "install Kueue, or the pool's owner leaves out queue"),
+                 "install Kueue (k8s/operators/kueue), or the pool's owner"),
     "no queue": (together(kueue("other"), describes(queue="team-a")), "queue", WRONG,
                  "the pool names queue team-a, which is not in ml", OWNER),
     "queue": (together(kueue("team-a"), describes(queue="team-a")), "queue", OK, "queue team-a is there", ""),
+    "stopped queue": (together(stopped_queue, describes(queue="team-a")), "queue", WRONG,
+                      "queue team-a lets no run go: Can't submit new workloads", "kubectl describe clusterqueues"),
     "no bucket": (describes(storage="s3://no-such-bucket-here/runs"), "storage", WRONG,
                   "there is no bucket no-such-bucket-here", "aws s3 ls"),
     "quota": (quota("6"), "quota", OK, "2 of 8 GPUs are left in the quota team", ""),
@@ -159,6 +186,23 @@ CASES: dict[str, tuple[Break, str, bool | None, str, str]] = {
     "new quota": (quota(None), "cluster", OK, "Kubernetes v1.33.5", ""),
     "no GPUs": (gpus_gone, "gpus", WRONG, "4 nodes of a10g, none offers nvidia.com/gpu", "the device plugin"),
     "no nodes": (not_ready, "gpus", OK, "a10g: no node of at most 4, 0 of 0 GPUs free", ""),
+    "no autoscaler": (not_ready, "autoscaler", NOTE, "without one nobody brings a node of a10g", "docs/deploy.md"),
+    "autoscaler": (together(not_ready, installed("deployments", "cluster-autoscaler")), "autoscaler", OK,
+                   "cluster-autoscaler is there", ""),
+    "Karpenter": (together(not_ready, installed("deployments", "karpenter")), "autoscaler", OK, "karpenter is", ""),
+    "autoscaler unseen": (together(not_ready, denies(("list", "deployments"))), "autoscaler", NOTE,
+                          "you may not see whether there is a node autoscaler", ""),
+    "no plugin": (not_ready, "device plugin", NOTE, "nobody offers the GPUs of a new node", "docs/deploy.md"),
+    "plugin": (together(not_ready, installed("daemonsets", "nvidia-device-plugin")), "device plugin", OK,
+               "nvidia-device-plugin is there", ""),
+    "no policies": (lambda site: site.api.delete("networkpolicies", NAMESPACE, "default-deny"), "network", NOTE,
+                    "every pod of the cluster reaches Ray in ml", "k8s/base"),
+    "policies unseen": (denies(("list", "networkpolicies")), "network", NOTE, "you may not see the network", ""),
+    "no standard": (lambda site: site.api.patch("namespaces", None, NAMESPACE, level(None)), "pod security", NOTE,
+                    "a pod in ml may do anything to its node", "k8s/base"),
+    "baseline": (lambda site: site.api.patch("namespaces", None, NAMESPACE, level("baseline")), "pod security", OK,
+                 "pods in ml are held to baseline", ""),
+    "namespace unseen": (denies(("get", "namespaces")), "pod security", NOTE, "you may not see the labels of ml", ""),
     "quotas unseen": (denies(("list", "resourcequotas")), "cluster", NOTE, "cannot list resource", "launch doctor"),
     "busy server": (lambda site: site.api.fail_next(9, 401, "list .*resourcequotas"), "cluster", NOTE,
                     "does not accept the credentials", "renew them"),
@@ -191,7 +235,8 @@ def test_a_healthy_pool_is_found_healthy_and_nothing_is_left_behind(site: Site) 
     for says in ("fake/ml answers, Kubernetes v1.33.5", "you may run, watch and end runs in ml",
                  "the operator runs, v1.7.0", "service account trainer is there",
                  f"{site.storage} can be written, read and deleted from here",
-                 "a10g: 4 nodes of at most 4, 16 of 16 GPUs free", "cpu: 4 nodes of at most 4"):  # fmt: skip
+                 "a10g: 4 nodes of at most 4, 16 of 16 GPUs free", "cpu: 4 nodes of at most 4",
+                 "network policies say who reaches the pods of ml", "pods in ml are held to restricted"):  # fmt: skip
         assert says in result.stdout
     assert {plural: site.api.list(plural) for plural in before} == before
     assert list(Run(site.storage, "x").store.list()) == []

@@ -1,4 +1,4 @@
-"""The Role in the docs allows every request that the launcher makes, and no other."""
+"""The Role for those who launch allows every request that the launcher makes, and no other."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.kube.kubelet import run as run_pod
 from tests.kube.site import NAMESPACE, Site
 from tests.test_kuberay import drives, engine, planned, starts
 
-ROLE, VIEWER = yaml.safe_load_all((Path(__file__).parent.parent / "docs" / "launcher-role.yaml").read_text())
+ROLE, VIEWER = yaml.safe_load_all((Path(__file__).parent.parent / "k8s" / "base" / "launcher-role.yaml").read_text())
 
 
 def allowed(document: dict[str, object]) -> set[tuple[str, str, str]]:
@@ -87,7 +87,8 @@ def test_every_request_is_allowed_and_nothing_else_is(site: Site) -> None:
     spared = {("ray.io", "rayclusters", "delete"), ("", "configmaps", "delete"), ("", "configmaps", "get"),
               ("", "pods/portforward", "create"), ("", "pods/portforward", "get")}  # fmt: skip
     assert role - asked <= spared
-    assert viewer - asked == set()
+    # Asked for only where a pool has no node yet.
+    assert viewer - asked <= {("apps", "daemonsets", "list")}
 
 
 def test_what_doctor_asks_for_is_in_the_role() -> None:
