@@ -45,6 +45,21 @@ class Data(Section):
         "a few broken files are normal, 1 % is not",
     )
 
+    sampling: Literal["uniform", "balanced", "weighted"] = field(
+        "uniform",
+        "How often training images are drawn: each once an epoch, each class as often, or by the data's weights.",
+        "each image once",
+    )
+    cache_gb: float | None = field(
+        None, "Disk of a node, in GB, for files from S3; 0 is off.", "half of what is free", ge=0
+    )
+    pixels_gb: float | None = field(
+        None,
+        "Disk of a node, in GB, for decoded images; 0 is off.",
+        "a quarter of the disk, at most half the memory",
+        ge=0,
+    )
+
     @field_validator("classes")
     @classmethod
     def _several_classes(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
@@ -269,6 +284,8 @@ RESUMABLE = (
     "checkpoint.",
     "storage",
     "data.max_bad_fraction",
+    "data.cache_gb",
+    "data.pixels_gb",
     "sweep.trials",
     "sweep.concurrent",
     "sweep.trials_per_gpu",

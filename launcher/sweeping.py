@@ -37,6 +37,8 @@ _SHARED = {
     "data.val_split": "must be the same for all trials, or they could not be compared; launch a sweep for each",
     "data.classes": "must be the same for all trials, or they could not be compared; launch a sweep for each",
     "data.max_bad_fraction": "changes no result; set it once, outside the space",
+    "data.cache_gb": "changes no result; set it once, outside the space",
+    "data.pixels_gb": "changes no result; set it once, outside the space",
 }
 """Fields, or sections, that no sweep searches, and why."""
 

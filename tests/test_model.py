@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from launcher.errors import SiteError, UserError
 from launcher.spec import Data, Model, Spec, Train
 from launcher.storage import open_store
+from trainers.data.recipes import EvalRecipe
 from trainers.model import Preprocess, build, freeze, initial
 from trainers.predict import Predictor
 
@@ -161,16 +162,13 @@ def test_predictions_survive_bad_files_and_keep_the_order(folder: Path, tmp_path
 
 
 def test_a_prediction_equals_the_evaluation_of_the_same_pixels(folder: Path, tmp_path: Path) -> None:
-    from trainers.data.augment import EvalTransform
-
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 40, 3), dtype=np.uint8))
     image.save(tmp_path / "x.png")
     predictor = Predictor(open_store(folder))
     row = next(predictor.predict([tmp_path / "x.png"], top=3))
     settings = predictor.preprocess
-    pixels = torch.from_numpy(
-        np.array(EvalTransform(settings.image_size, settings.crop_pct, settings.interpolation)(image))
-    )
+    recipe = EvalRecipe(settings.image_size, settings.crop_pct, settings.interpolation)
+    pixels = torch.from_numpy(recipe.one(np.asarray(image)))
     mean, std = (torch.tensor(value).view(3, 1, 1) for value in (settings.mean, settings.std))
     with torch.inference_mode():
         expected = predictor.model(((pixels.permute(2, 0, 1) / 255 - mean) / std)[None]).softmax(1)[0]

@@ -30,7 +30,7 @@ KNOWN = {
 }
 DEFAULTS = {"name": "flowers-1123", "storage": "/home/me/raylaunch"}
 OPEN = [key for key, value in Spec(data=Data(uri="x")).flat().items() if value is None]
-STAY_OPEN = ["data.val_split", "data.classes", *CLUSTER_FIELDS]
+STAY_OPEN = ["data.val_split", "data.classes", "data.cache_gb", "data.pixels_gb", *CLUSTER_FIELDS]
 """Fields of which nothing means something: found in the data, all classes, and what this machine does not have."""
 
 

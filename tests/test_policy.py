@@ -16,7 +16,6 @@ from sklearn.datasets import load_sample_image
 from torchvision.transforms.autoaugment import RandAugment, TrivialAugmentWide
 
 from launcher.spec import Augment
-from trainers.data.augment import batch_mixer
 from trainers.data.operations import transform
 from trainers.data.order import Draws, sample_rng
 from trainers.data.policy import (
@@ -24,6 +23,7 @@ from trainers.data.policy import (
     NAMES,
     SIGNED,
     Changes,
+    batch_mixer,
     randaugment_table,
     trivialaugment_table,
 )

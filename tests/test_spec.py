@@ -68,11 +68,11 @@ def test_a_single_training_does_not_speak_of_sweeps() -> None:
 
 def test_what_a_resumed_run_may_change_is_this_list() -> None:
     assert [key for key in fields() if resumable(key)] == [
-        "data.max_bad_fraction", "train.epochs", "train.early_stop", "resources.workers", "resources.cpus_per_worker",
-        "resources.gpus_per_worker", "resources.node_type", "resources.spot", "resources.priority", "limits.max_hours",
-        "limits.max_cost", "limits.start_minutes", "limits.idle_minutes", "checkpoint.every_minutes",
-        "checkpoint.every_epochs", "checkpoint.keep", "sweep.trials", "sweep.concurrent", "sweep.trials_per_gpu",
-        "sweep.time_limit", "sweep.refit", "storage",
+        "data.max_bad_fraction", "data.cache_gb", "data.pixels_gb", "train.epochs", "train.early_stop",
+        "resources.workers", "resources.cpus_per_worker", "resources.gpus_per_worker", "resources.node_type",
+        "resources.spot", "resources.priority", "limits.max_hours", "limits.max_cost", "limits.start_minutes",
+        "limits.idle_minutes", "checkpoint.every_minutes", "checkpoint.every_epochs", "checkpoint.keep", "sweep.trials",
+        "sweep.concurrent", "sweep.trials_per_gpu", "sweep.time_limit", "sweep.refit", "storage",
     ]  # fmt: skip
 
 

@@ -69,7 +69,7 @@ def test_what_would_make_an_invalid_trial_is_named(key: str, domain: dict[str, A
 
 REFUSED = ["name", "storage", *(key for key in fields() if key.startswith(("sweep.", "resources.", "limits.",
            "checkpoint."))), "data.uri", "data.val_fraction", "data.val_split", "data.classes",
-           "data.max_bad_fraction", "train.epochs"]  # fmt: skip
+           "data.max_bad_fraction", "data.cache_gb", "data.pixels_gb", "train.epochs"]  # fmt: skip
 
 
 @pytest.mark.parametrize("key", fields())

@@ -8,7 +8,7 @@ import io
 import logging
 import platform
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -111,7 +111,7 @@ def _write_predictions(trainer: Trainer, columns: dict[str, torch.Tensor]) -> No
 
 
 def _thumbnail(trainer: Trainer, row: int) -> str:
-    image = decode(trainer.source.read(row))
+    image = decode(trainer.feed.source.read(row))
     scale = THUMBNAIL / max(image.size)
     image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
     out = io.BytesIO()
@@ -124,7 +124,8 @@ def _write_model(trainer: Trainer, final: dict[str, Any]) -> None:
     weights = {key: value.detach().cpu().contiguous() for key, value in trainer.evaluated().state_dict().items()}
     run.store.write("model/weights.safetensors", save_tensors(weights))
     run.write_json("model/labels.json", list(trainer.index.classes))
-    run.write_json("model/preprocess.json", asdict(trainer.preprocess))
+    preprocess = replace(trainer.preprocess, reduction=asdict(trainer.feed.reduction))
+    run.write_json("model/preprocess.json", asdict(preprocess))
     run.write_json("model/config.json", {"schema": 1, "architecture": trainer.spec.model.name,
                                          "classes": len(trainer.index.classes)})  # fmt: skip
     text = card.model_card(run.name, trainer.spec, trainer.index.classes, final, versions())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +17,24 @@ from torch import nn
 from launcher.errors import LaunchError, SiteError, UserError, nearest
 from launcher.spec import Model, Spec
 from launcher.storage import open_store
+from trainers.data.images import NO_REDUCTION
 
 MAX_WEIGHTS_BYTES = 8 * 1024**3
 
 
 @dataclass(frozen=True)
 class Preprocess:
-    """How an image becomes the model's input: resized, cropped to the centre, normalised (mean, std: 0..1)."""
+    """How an image becomes the model's input: decoded, resized, cropped to the centre, normalised (mean, std: 0..1).
+
+    `reduction` has the fields of the `images.Reduction` by which it is decoded.
+    """
 
     image_size: int
     crop_pct: float
     interpolation: str
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    reduction: dict[str, Any] = field(default_factory=lambda: asdict(NO_REDUCTION))
 
     @classmethod
     def of(cls, model: nn.Module, image_size: int) -> Preprocess:

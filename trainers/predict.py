@@ -12,8 +12,8 @@ from safetensors.torch import load as load_tensors
 
 from launcher.spec import Model
 from launcher.storage import Store
-from trainers.data.augment import EvalTransform
-from trainers.data.images import BadImage, decode
+from trainers.data.images import BadImage, Reduction, pixels
+from trainers.data.recipes import EvalRecipe
 from trainers.model import Preprocess, build
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
@@ -30,9 +30,9 @@ class Predictor:
         self.model.load_state_dict(load_tensors(store.read("weights.safetensors")))
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model.to(self.device).eval()
-        self._transform = EvalTransform(
-            self.preprocess.image_size, self.preprocess.crop_pct, self.preprocess.interpolation
-        )
+        settings = self.preprocess
+        self._recipe = EvalRecipe(settings.image_size, settings.crop_pct, settings.interpolation)
+        self._reduction = Reduction(**settings.reduction)
 
     def predict(self, paths: Iterable[Path], top: int = 1) -> Iterator[dict[str, Any]]:
         """For each image, `{"image", "classes": [{"label", "probability"}]}`, or `{"image", "error"}`.
@@ -41,19 +41,19 @@ class Predictor:
         """
         for path in _files(paths):
             try:
-                pixels = self._transform(decode(path.read_bytes()))
+                image = self._recipe.one(pixels(path.read_bytes(), self._reduction))
             except BadImage as error:
                 yield {"image": str(path), "error": str(error)}
             except OSError as error:
                 yield {"image": str(path), "error": error.strerror or str(error)}
             else:
-                yield {"image": str(path), "classes": self._classes(torch.tensor(pixels), top)}
+                yield {"image": str(path), "classes": self._classes(torch.from_numpy(image), top)}
 
     @torch.inference_mode()
-    def _classes(self, pixels: torch.Tensor, top: int) -> list[dict[str, Any]]:
+    def _classes(self, image: torch.Tensor, top: int) -> list[dict[str, Any]]:
         mean, std = (torch.tensor(values) * 255 for values in (self.preprocess.mean, self.preprocess.std))
-        image = ((pixels.float() - mean) / std).permute(2, 0, 1)[None].to(self.device)
-        probabilities, numbers = self.model(image).float().softmax(1)[0].topk(min(top, len(self.labels)))
+        batch = ((image.float() - mean) / std).permute(2, 0, 1)[None].to(self.device)
+        probabilities, numbers = self.model(batch).float().softmax(1)[0].topk(min(top, len(self.labels)))
         pairs = zip(numbers.tolist(), probabilities.tolist(), strict=True)
         return [{"label": self.labels[number], "probability": probability} for number, probability in pairs]
 

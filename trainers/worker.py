@@ -24,11 +24,12 @@ from launcher.errors import SiteError
 from launcher.runs import Run
 from launcher.spec import Spec
 from trainers import checkpoint, export, guards, optim, resume
-from trainers.data.augment import EvalTransform, TrainTransform, batch_mixer
+from trainers.data.counts import total
 from trainers.data.index import Index, index_of
-from trainers.data.loader import Batch, Loader, Step, too_many_bad
-from trainers.data.source import Source
+from trainers.data.loader import Batch, Step, too_many_bad
+from trainers.data.policy import batch_mixer
 from trainers.evaluate import Tally
+from trainers.feed import Feed
 from trainers.guards import Team
 from trainers.model import Preprocess, build, freeze
 from trainers.progress import Meter, Progress
@@ -80,8 +81,8 @@ class Trainer:
         self.optimizer = optim.sgd(self.model, spec.optim)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=spec.train.precision == "fp16")
         self.ema = _ema(self.model, spec.optim.ema_decay)
-        self.source = Source(self.index)
-        self.loader = self._loader()
+        self.feed = Feed(spec, self.index, self.preprocess, team, pinned=self.device.type == "cuda")
+        self.loader = self.feed.loader
         self.mean, self.std = (
             torch.tensor(values, device=self.device).view(1, 3, 1, 1) * 255
             for values in (self.preprocess.mean, self.preprocess.std)
@@ -215,7 +216,8 @@ class Trainer:
             "epoch": epoch + 1, "step": self.step, "lr": self.meter.lr, "train_loss": train_loss,
             "train_top1": train_top1, "val": summary, "seconds": self.meter.seconds,
             "eval_seconds": time.monotonic() - began, "images_per_second": self.meter.rate(),
-            "data_wait": self.meter.wait_share(), "best": best, "parameters": self.parameters,
+            "data_wait": self.meter.wait_share(), "data": total(self.team.gather(self.loader.counts.so_far())),
+            "best": best, "parameters": self.parameters,
         }  # fmt: skip
         self.epochs.append(record)
         log.info("epoch %d: loss %.4f, val top-1 %.4f", epoch + 1, train_loss, summary["top1"])
@@ -262,7 +264,10 @@ class Trainer:
 
     def to_device(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Normalised float images in the model's layout, and targets, on the device."""
-        images = batch.images.to(self.device, non_blocking=True).float().sub_(self.mean).div_(self.std)
+        images = batch.images.to(self.device, non_blocking=True)
+        if batch.changes is not None:
+            images = batch.changes.to(self.device).apply(images)
+        images = images.float().sub_(self.mean).div_(self.std)
         return images.contiguous(memory_format=self.layout), batch.targets.to(self.device, non_blocking=True)
 
     def autocast(self) -> torch.autocast:
@@ -307,23 +312,6 @@ class Trainer:
         }  # fmt: skip
 
     # -- setting up
-
-    def _loader(self) -> Loader:
-        spec = self.spec
-        size = self.preprocess.image_size
-        return Loader(
-            self.index,
-            source=self.source,
-            train_transform=TrainTransform(spec.augment, size),
-            eval_transform=EvalTransform(size, self.preprocess.crop_pct, self.preprocess.interpolation),
-            seed=spec.train.seed,
-            batch_size=spec.train.batch_size or 1,
-            accumulate=spec.train.accumulate,
-            rank=self.team.rank,
-            world=self.team.world,
-            threads=spec.resources.cpus_per_worker or 1,
-            max_bad_fraction=spec.data.max_bad_fraction,
-        )
 
     def _arithmetic(self) -> None:
         if self.device.type == "cpu":

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import threading
 import time
 from contextlib import AbstractContextManager
@@ -35,6 +36,17 @@ _CLOCK_TICK_NS = 100_000_000
 """A folder that changed so short a time ago may change again without its time telling."""
 
 _log = logging.getLogger(__name__)
+
+
+def room(folder: Path) -> int:
+    """Bytes on the disk that a log in this folder has, and those that it could still get; 0 if that cannot be told."""
+    there = folder
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    try:
+        return Cache(folder, 0).held() + shutil.disk_usage(there).free
+    except OSError:
+        return 0
 
 
 class Cache:

@@ -106,6 +106,29 @@ class Index:
 
         return np.flatnonzero(pc.equal(self.table["split"], split).to_numpy()).astype(np.int64)
 
+    def weights(self, sampling: str, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float64] | None:
+        """How often to draw each of these rows, in proportion, float64 [n]; None: each once an epoch.
+
+        Args:
+            sampling: `uniform`; `balanced`: each class as often as any other; `weighted`: as the data's own column
+                says, 1 where it says nothing.
+
+        Raises:
+            UserError: `weighted`, and the data has no weights.
+        """
+        if sampling == "uniform":
+            return None
+        if sampling == "balanced":
+            classes = self.targets[rows]
+            balanced: npt.NDArray[np.float64] = 1 / np.bincount(classes)[classes]
+            return balanced
+        column = self.table["weight"].take(rows)
+        if column.null_count == len(column):
+            raise UserError("the data has no weights", where="data.sampling",
+                            hint="add a column `weight` to the manifest, or set data.sampling=balanced")  # fmt: skip
+        given: npt.NDArray[np.float64] = column.fill_null(1.0).to_numpy()
+        return given
+
     def key(self, row: int) -> str:
         """The key of a row."""
         key: str = self.table["key"][row].as_py()

@@ -1,4 +1,4 @@
-"""Random changes to training images after the crop: RandAugment, TrivialAugment and erasing.
+"""Random changes to training images after the crop: RandAugment, TrivialAugment, erasing, mixup and cutmix.
 
 What happens to an image is drawn on the host, a pure function of seed, epoch and row, and done on the device to the
 whole batch; Pillow's results are the reference. Cropping and mirroring come before and are not done here.
@@ -178,6 +178,18 @@ _OPERATIONS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "autocontrast": lambda images, _: operations.autocontrast(images),
     "equalize": lambda images, _: operations.equalize(images),
 }
+
+
+def batch_mixer(augment: Augment, classes: int) -> Any:
+    """Mixup and cutmix as `mixer(images, targets)`, on whole batches on the device; None if both are off."""
+    from torchvision.transforms import v2
+
+    mixers: list[Any] = []
+    if augment.mixup:
+        mixers.append(v2.MixUp(alpha=augment.mixup, num_classes=classes))
+    if augment.cutmix:
+        mixers.append(v2.CutMix(alpha=augment.cutmix, num_classes=classes))
+    return v2.RandomChoice(mixers) if mixers else None
 
 
 def _groups(

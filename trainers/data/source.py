@@ -1,37 +1,76 @@
-"""Image bytes by row of the index. What lies on S3 is fetched once per node and shared through a cache folder.
+"""Image files by row of the index. What lies on S3 is fetched once per node, ahead of its use, and kept in its cache.
 
-All workers, trials and restarts on a node read the same cache. A cached object is named by a hash of its address
-and ETag, so it is never stale and never escapes the folder. Nothing is decoded here.
+All workers, trials and restarts on a node share the cache, in which a file is named by its address and ETag: nothing
+stale is ever served. Where it cannot be kept, for want of room or a disk, it is fetched again when it is needed again.
+Nothing is decoded here.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import hashlib
 import os
-from collections.abc import Callable
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
 
 from launcher.errors import DataError
 from launcher.storage import Store, cache_folder, open_store
+from trainers.data.cache import Cache, Rows, View, room
+from trainers.data.counts import Counts
+from trainers.data.fetch import Bucket
 from trainers.data.index import Index
+
+REQUESTS = 48
+"""Requests to S3 at once: at 50 ms each, a thousand small images a second."""
+LOOKAHEAD = 64 << 20
+"""Bytes of files that are on their way, or have come and wait for their use without having been kept."""
+IN_FLIGHT = 64 << 20
+"""Bytes that are asked for and not yet there: of large parts fewer are on their way at once."""
+CHUNK = 8 << 20
+"""Of an object that holds many images, about so many bytes are fetched at once."""
+MOST_AHEAD = 1024
+"""Groups that wait in `Source.ahead`."""
+
+Data = bytes | memoryview
+Group = TypeVar("Group")
 
 
 class Source:
-    """The images of an index. Thread safe, and safe beside other processes with the same cache.
+    """The files of an index's images. Thread safe, and safe beside other processes with the same cache.
 
     Args:
         index: what to read.
-        cache: folder for objects of S3; `default_cache()` if None.
+        folder: of the cache; `default_cache()` if None. Only what lies on S3 is kept there.
+        budget: bytes that the cache may take on the disk, for all who use it; half of the disk if None.
+        counts: where `files_held`, `requests`, `bytes` and `fetch_seconds` are counted.
     """
 
-    def __init__(self, index: Index, cache: Path | None = None) -> None:
+    def __init__(
+        self, index: Index, folder: Path | None = None, budget: int | None = None, counts: Counts | None = None
+    ) -> None:
         self.index = index
-        self._cache = cache or default_cache()
+        self.counts = counts or Counts()
+        self._remote = _remote(index)
+        self._view: View | None = None
+        if self._remote.any():
+            folder = (folder or default_cache()) / "files"
+            self._cache = Cache(folder, room(folder) // 2 if budget is None else budget)
+            self._view = self._cache.view(index.ids)
         self._stores: dict[str, Store] = {}
+        self._buckets: dict[str, Bucket] = {}
+        self._flights: dict[int, Future[dict[int, Data]]] = {}
+        self._pool: ThreadPoolExecutor | None = None
+        self._gate = _Gate(IN_FLIGHT)
 
-    def read(self, row: int) -> bytes:
+    def read(self, row: int) -> Data:
         """The file of a row, as it was when the index was built.
 
         Raises:
@@ -39,17 +78,165 @@ class Source:
             SiteError: credentials or permissions do not suffice.
             InfrastructureError: S3 does not answer.
         """
-        uri, inner, etag, offset, size, shared = self.index.place(row)
-        span = (offset, offset + size) if shared else None
+        if self._view is None or not self._remote[row]:
+            return self._local(row)
+        flight = self._flights.pop(row, None)
+        came = {} if flight is None else flight.result()
+        if row in came:
+            return came[row]
+        held: Data | None = self._view.get(row)
+        if held is not None:
+            self.counts.add(files_held=flight is None)
+            return held
+        came = self._fetch(np.array([row]))
+        held = came[row] if row in came else self._view.get(row)
+        # What was kept and is damaged already is fetched without the cache.
+        return self._get(np.array([row]))[row] if held is None else held
+
+    def ahead(self, groups: Iterable[Group], rows: Callable[[Group], Rows]) -> Generator[Group, None, None]:
+        """The groups, in order, each once the files of those after it are on their way. For one caller at a time.
+
+        Args:
+            groups: whatever the caller reads together.
+            rows: the rows whose files a group needs, int64 [n]; called when the group is drawn.
+        """
+        waiting: deque[tuple[Group, int]] = deque()
+        total = 0
+        try:
+            for group in groups:
+                size = self._start(rows(group))
+                waiting.append((group, size))
+                total += size
+                while waiting and (total >= LOOKAHEAD or not total or len(waiting) > MOST_AHEAD):
+                    group, size = waiting.popleft()
+                    total -= size
+                    yield group
+            while waiting:
+                yield waiting.popleft()[0]
+        finally:
+            for flight in self._flights.values():
+                flight.cancel()
+            self._flights.clear()
+
+    def close(self) -> None:
+        """Ends what is on its way."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    @cached_property
+    def chunks(self) -> Rows | None:
+        """Number of the part of the data that each row is best read with, int64 [n]; None if no object is shared.
+
+        A part is what is fetched by one request: an image that is an object by itself, or about `CHUNK` bytes of one
+        that holds many. It depends on the index alone.
+        """
+        import pyarrow.compute as pc
+
+        holder = self.index.table["object"].combine_chunks()
+        if holder.null_count == len(holder):
+            return None
+        shared = np.asarray(pc.is_valid(holder).to_numpy(zero_copy_only=False))
+        part = -1 - np.arange(len(holder))
+        number = pc.fill_null(holder.dictionary_encode().indices, 0).to_numpy(zero_copy_only=False).astype(np.int64)
+        offset = self.index.table["offset"].to_numpy()
+        part[shared] = number[shared] << 40 | offset[shared] // CHUNK
+        return np.unique(part, return_inverse=True)[1].astype(np.int64)
+
+    # -- what is on its way
+
+    def _start(self, rows: Rows) -> int:
+        """Sends for the files of these rows that are not at hand; returns their bytes."""
+        if self._view is None:
+            return 0
+        rows = rows[self._remote[rows]]
+        if len(rows):
+            self._view.refresh()
+            rows = rows[~self._view.held(rows)]
+        missing = [row for row in rows.tolist() if row not in self._flights]
+        if not missing:
+            return 0
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(REQUESTS, thread_name_prefix="fetch")
+        sizes = self._sizes
+        total = 0
+        for piece in self._pieces(missing):
+            flight = self._pool.submit(self._fetch, piece)
+            for row in piece.tolist():
+                self._flights.setdefault(row, flight)
+            total += int(sizes[piece].sum())
+        return total
+
+    def _pieces(self, missing: list[int]) -> Iterator[Rows]:
+        """The rows to fetch by one request each, so that all that are missing come.
+
+        Images that share an object come with their neighbours, as long as these can be kept.
+        """
+        assert self._view is not None
+        wanted = np.unique(np.array(missing))
+        if self.chunks is None or not self._cache.keeping:
+            yield from wanted[:, None]
+            return
+        for number in np.unique(self.chunks[wanted]).tolist():
+            first, last = np.searchsorted(self._by_chunk[1], [number, number + 1])
+            rows = self._by_chunk[0][first:last]
+            absent = rows[~self._view.held(rows)]
+            # When most of a part is here already, what is missing is little.
+            yield from [absent] if 2 * len(absent) > len(rows) else absent[np.isin(absent, wanted)][:, None]
+
+    @cached_property
+    def _by_chunk(self) -> tuple[Rows, Rows]:
+        """The rows in the order of their chunks, and these chunks."""
+        assert self.chunks is not None
+        order = np.argsort(self.chunks, kind="stable")
+        return order, self.chunks[order]
+
+    @cached_property
+    def _sizes(self) -> Rows:
+        sizes: Rows = self.index.table["size"].to_numpy()
+        return sizes
+
+    def _fetch(self, rows: Rows) -> dict[int, Data]:
+        """Gets the files of some rows of one chunk, unless they are here; returns those that are not kept."""
+        assert self._view is not None
+        chunk = self.chunks
+        first = rows[0] if chunk is None else self._by_chunk[0][np.searchsorted(self._by_chunk[1], chunk[rows[0]])]
+        with self._view.claim(int(first)):
+            self._view.refresh()
+            rows = rows[~self._view.held(rows)]
+            if not len(rows):
+                return {}
+            came = self._get(rows)
+            return {row: data for row, data in came.items() if not self._view.put(row, data)}
+
+    def _get(self, rows: Rows) -> dict[int, Data]:
+        """The files of some rows of one object, by one request."""
+        places = [self.index.place(row) for row in rows.tolist()]
+        uri, key, etag, start, _, _ = min(places, key=lambda place: place.offset)
+        stop = max(place.offset + place.size for place in places)
+        name, _, prefix = uri.removeprefix("s3://").partition("/")
+        bucket = self._buckets.get(name) or self._buckets.setdefault(name, Bucket(name))
+        path = f"{prefix}/{key}" if prefix else key
+        try:
+            with self._gate.of(stop - start):
+                began = time.monotonic()
+                data = memoryview(bucket.get(path, etag, stop - start, start))
+                self.counts.add(requests=1, bytes=len(data), fetch_seconds=time.monotonic() - began)
+        except FileNotFoundError as error:
+            raise _gone(f"{uri}/{key}") from error
+        return {
+            row: data[place.offset - start : place.offset - start + place.size]
+            for row, place in zip(rows.tolist(), places, strict=True)
+        }
+
+    # -- what is here
+
+    def _local(self, row: int) -> bytes:
+        uri, key, etag, offset, size, shared = self.index.place(row)
         store = self._stores.get(uri) or self._open(uri)
         try:
-            if not store.uri.startswith("s3://"):
-                return store.read(inner, etag or None, span)
-            address = f"{uri}/{inner}" + (f"\0{offset}" if span else "")
-            return self._cached(address, size, etag, lambda: store.read(inner, etag, span))
+            return store.read(key, etag or None, (offset, offset + size) if shared else None)
         except FileNotFoundError as error:
-            raise DataError("the image is gone", where=f"{uri}/{inner}",
-                            hint="restore it, or launch a new run, which indexes the data anew") from error  # fmt: skip
+            raise _gone(f"{uri}/{key}") from error
 
     def _open(self, uri: str) -> Store:
         folder: str | Path = uri
@@ -59,73 +246,44 @@ class Source:
             folder = materialise(uri.removeprefix("sample://"))
         return self._stores.setdefault(uri, open_store(folder))
 
-    def _cached(self, address: str, size: int, etag: str, fetch: Callable[[], bytes]) -> bytes:
-        name = hashlib.sha256(f"{address}\0{etag}".encode()).hexdigest()
-        path = self._cache / name[:2] / name
-        data = _whole(path, size)
-        if data is not None:
-            return data
+
+class _Gate:
+    """Lets so much through at once that it is no more than `most`, or one alone."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._inside = 0
+        self._changed = threading.Condition()
+
+    @contextlib.contextmanager
+    def of(self, amount: int) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._inside or self._inside + amount <= self._most)
+            self._inside += amount
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lock = _Lock(path.with_suffix(".part"))
-        except OSError:  # a full or read-only disk makes reading slow, never impossible
-            return fetch()
-        with lock:
-            data = _whole(path, size)
-            if data is None:
-                data = fetch()
-                with contextlib.suppress(OSError):
-                    lock.write(data)
-                    os.replace(lock.path, path)
-            return data
+            yield
+        finally:
+            with self._changed:
+                self._inside -= amount
+                self._changed.notify_all()
 
 
 def default_cache() -> Path:
-    """`$RAYLAUNCH_CACHE`, else a folder in the user's cache."""
-    return Path(os.environ.get("RAYLAUNCH_CACHE") or cache_folder() / "objects")
+    """The folder of this node's caches: `$RAYLAUNCH_CACHE`, else one in the user's cache."""
+    return Path(os.environ.get("RAYLAUNCH_CACHE") or cache_folder() / "images")
 
 
-def _whole(path: Path, size: int) -> bytes | None:
-    """The cached file, if it is there in full: a node that lost power may leave less."""
-    try:
-        data = path.read_bytes()
-    except OSError:
-        return None
-    return data if len(data) == size else None
+def _remote(index: Index) -> npt.NDArray[np.bool_]:
+    """Which rows lie on S3, bool [n]."""
+    import pyarrow.compute as pc
+
+    where = pc.coalesce(index.table["object"], index.table["key"])
+    remote = pc.starts_with(where, "s3://")
+    if index.uri.startswith("s3://"):
+        remote = pc.or_(remote, pc.invert(pc.starts_with(where, "/")))
+    return np.asarray(remote.to_numpy())
 
 
-class _Lock:
-    """A file that one thread of one process on the node holds; the kernel frees it when that process dies."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        while True:
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX)
-            except OSError:
-                os.close(self._file)
-                raise
-            # The holder before may have renamed or removed the file that we waited for; then it guards nothing.
-            if self._current():
-                return
-            os.close(self._file)
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *_: object) -> None:
-        if self._current():
-            self.path.unlink()
-        os.close(self._file)
-
-    def write(self, data: bytes) -> None:
-        os.ftruncate(self._file, 0)
-        with os.fdopen(os.dup(self._file), "wb") as file:
-            file.write(data)
-
-    def _current(self) -> bool:
-        try:
-            return os.path.samestat(os.fstat(self._file), os.stat(self.path))
-        except FileNotFoundError:
-            return False
+def _gone(where: str) -> DataError:
+    return DataError("the image is gone", where=where,
+                     hint="restore it, or launch a new run, which indexes the data anew")  # fmt: skip

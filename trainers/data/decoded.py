@@ -1,0 +1,123 @@
+"""Decoded images by row of the index: from the node's store of pixels, or decoded on the spot and put there.
+
+The store is a cache beside that of the files, shared in the same way; an image is named in it by its file's name and
+the rule by which it was reduced, so nothing stale is ever served. What does not fit is decoded each time. Nothing is
+cropped here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+from trainers.data.cache import Cache, Rows, room
+from trainers.data.images import BadImage, Pixels, Reduction, pixels
+from trainers.data.kernel import Ints, Words
+from trainers.data.source import Source, default_cache
+
+FORMAT = "rgb8-1"
+"""How pixels are made and laid out; another name where the result of the same file and rule changes."""
+
+
+@dataclass
+class Taken:
+    """Some decoded images, in this process's memory as long as this is.
+
+    Attributes:
+        addresses: of uint8 pixels [height, width, 3], uint64 [b]; 0 where the image cannot be read.
+        shapes: height and width, int32 [b, 2].
+        decoded: what lies nowhere else.
+    """
+
+    addresses: Words
+    shapes: Ints
+    decoded: list[Pixels]
+
+
+class Decoded:
+    """The images of an index. Thread safe, and safe beside other processes with the same store.
+
+    Args:
+        source: of the files.
+        reduction: how far images may shrink when they are decoded.
+        folder: of the node's caches; `default_cache()` if None.
+        budget: bytes that the store may take on the disk; 0 keeps no pixels; if None a quarter of the disk, and no more
+            than half of the memory, beyond which reading pixels is no faster than decoding.
+
+    Attributes:
+        bad: row and reason of each unreadable image met so far.
+    """
+
+    def __init__(
+        self, source: Source, reduction: Reduction, folder: Path | None = None, budget: int | None = None
+    ) -> None:
+        self.source = source
+        self.counts = source.counts
+        self.bad: dict[int, str] = {}
+        self._reduction = reduction
+        folder = (folder or default_cache()) / "pixels"
+        self._cache = Cache(folder, min(room(folder) // 4, _memory() // 2) if budget is None else budget)
+        rule = hashlib.blake2b(f"{FORMAT} {reduction.name}".encode(), digest_size=16).digest()
+        self._view = self._cache.view(source.index.ids ^ np.frombuffer(rule, np.uint8))
+
+    def absent(self, rows: Rows) -> Rows:
+        """Those of the rows whose pixels are not in the store, as far as is known without looking."""
+        return rows[~self._view.held(rows)]
+
+    def refresh(self) -> None:
+        """Learns what other processes have put into the store."""
+        self._view.refresh()
+
+    def take(self, rows: Rows) -> Taken:
+        """The images of some rows. Raises what `Source.read` raises, but notes unreadable ones in `bad`."""
+        addresses, shapes = self._view.locate(rows)
+        absent = np.flatnonzero(addresses == 0)
+        self.counts.add(pixels_held=len(rows) - len(absent))
+        taken = Taken(addresses, shapes, [])
+        for place in absent.tolist():
+            self._add(taken, place, int(rows[place]))
+        return taken
+
+    def _add(self, taken: Taken, place: int, row: int) -> None:
+        if row in self.bad:
+            return
+        data = self.source.read(row)
+        if not self._cache.keeping:
+            self._decode(taken, place, row, data)
+            return
+        # Whoever else wants this image on this node waits, and then finds it decoded.
+        with self._view.claim(row):
+            self._view.refresh()
+            address, shape = self._view.locate(np.array([row]))
+            if address[0]:
+                taken.addresses[place], taken.shapes[place] = address[0], shape[0]
+            else:
+                self._decode(taken, place, row, data)
+
+    def _decode(self, taken: Taken, place: int, row: int, data: bytes | memoryview) -> None:
+        began = time.thread_time()
+        try:
+            image = pixels(data, self._reduction)
+        except BadImage as error:
+            self.bad[row] = str(error)
+            return
+        self.counts.add(decoded=1, decode_seconds=time.thread_time() - began)
+        taken.addresses[place], taken.shapes[place] = image.ctypes.data, image.shape[:2]
+        taken.decoded.append(image)
+        self._view.put(row, image, (image.shape[0], image.shape[1]))
+
+
+def _memory() -> int:
+    """Bytes of memory that this process and its kin may use."""
+    total: int = psutil.virtual_memory().total
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            return min(total, int(Path(path).read_text()))
+        except (OSError, ValueError):
+            continue
+    return total
