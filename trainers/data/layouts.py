@@ -16,6 +16,7 @@ from launcher.storage import Entry, LocalStore, Store, open_store
 from trainers.data.folders import list_folders
 from trainers.data.listing import IMAGE_SUFFIXES, Listing, Rows, few, hidden, missing, suffix
 from trainers.data.manifests import MANIFEST_SUFFIXES, list_manifest
+from trainers.data.parquet import holds_images, list_parquet
 from trainers.data.shards import compressed, expand, list_shards
 
 if TYPE_CHECKING:
@@ -50,9 +51,10 @@ def _list(uri: str, val_split: str | None) -> Listing:
     local = isinstance(store, LocalStore)
     folder = local and os.path.isdir(store.uri)
     kind = suffix(uri)
-    if not folder and kind in MANIFEST_SUFFIXES:
+    images = not folder and kind == "parquet" and ("{" in uri or holds_images(store.uri))
+    if not folder and kind in MANIFEST_SUFFIXES and not images:
         return list_manifest(store.uri, val_split)
-    if not folder and ("{" in uri or kind in SHARDS):
+    if not folder and ("{" in uri or images or kind in SHARDS):
         return _list_named(store.uri, val_split)
     if local and not folder:
         if os.path.exists(store.uri):
@@ -64,11 +66,13 @@ def _list(uri: str, val_split: str | None) -> Listing:
         return list_folders(store, found.images, found.others.total(), val_split)
     if found.shards:
         return _list_shards(store, found.shards, found.others.total(), val_split)
+    if found.tables:
+        return list_parquet(store, found.tables, found.others.total(), val_split)
     raise _no_images(store, found.others)
 
 
 def _list_named(uri: str, val_split: str | None) -> Listing:
-    """The tar shards that an address with braces names, or one."""
+    """The tar shards or Parquet files that an address with braces names, or one."""
     root, _, pattern = uri.partition("{")
     root, _, start = root.rpartition("/")
     wanted = expand(start + uri[len(root) + 1 + len(start) :])
@@ -78,7 +82,10 @@ def _list_named(uri: str, val_split: str | None) -> Listing:
     if gone:
         what = f"{len(gone)} of {len(wanted)} shards are not there: {few(gone)}"
         raise DataError(what, where=uri, hint="check the numbers") if pattern else missing("there is no such file", uri)
-    return _list_shards(store, [entries[key] for key in dict.fromkeys(wanted)], 0, val_split)
+    found = [entries[key] for key in dict.fromkeys(wanted)]
+    if all(suffix(entry.key) == "parquet" for entry in found):
+        return list_parquet(store, found, 0, val_split)
+    return _list_shards(store, found, 0, val_split)
 
 
 def _list_shards(store: Store, shards: list[Entry], ignored: int, val_split: str | None) -> Listing:
@@ -95,17 +102,20 @@ class _Found:
     Attributes:
         images: columns key, size and etag.
         shards: files that are, or seem to be, tar shards.
+        tables: Parquet files.
         others: the kinds of all other files, with their number.
     """
 
     images: pa.Table
     shards: list[Entry]
+    tables: list[Entry]
     others: Counter[str]
 
     @classmethod
     def below(cls, store: Store) -> _Found:
         images = Rows("key", "size", "etag")
         shards: list[Entry] = []
+        tables: list[Entry] = []
         others: Counter[str] = Counter()
         for entry in store.list():
             if hidden(entry.key):
@@ -115,11 +125,15 @@ class _Found:
                 images.add(entry.key, entry.size, entry.etag)
             elif kind in SHARDS and (kind != "gz" or entry.key.endswith(".tar.gz")):
                 shards.append(entry)
+            elif kind == "parquet":
+                tables.append(entry)
             else:
                 others[kind] += 1
         if len(table := images.table()):
             others["tar"] += len(shards)
-        return cls(table, shards, others)
+        if len(table) or shards:
+            others["parquet"] += len(tables)
+        return cls(table, shards, tables, others)
 
 
 def _no_images(store: Store, others: Counter[str]) -> DataError:
