@@ -80,6 +80,7 @@ def stats(uri: str, sample: int, every: bool, val_fraction: float, val_split: st
 
 def _stats_page(document: dict[str, Any], uri: str) -> None:
     from rich.table import Table
+    from rich.text import Text
 
     from launcher.plan import count
     from launcher.show import say, size
@@ -108,7 +109,7 @@ def _stats_page(document: dict[str, Any], uri: str) -> None:
     table = Table("class", *splits, box=None, padding=(0, 2, 0, 0), header_style="bold")
     ranked = sorted(document["classes"].items(), key=lambda pair: -pair[1]["train"])
     for label, counts in ranked[:SHOWN]:
-        table.add_row(printable(label), *(f"{counts[split]:,}" for split in splits))
+        table.add_row(Text(printable(label)), *(f"{counts[split]:,}" for split in splits))
     out.print(table)
     if len(ranked) > SHOWN:
         out.print(f"and {len(ranked) - SHOWN:,} smaller classes; -o json has all")

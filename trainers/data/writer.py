@@ -75,14 +75,15 @@ class ShardWriter:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        with self._file:
-            if kind is None:
-                with disk(self.path):
-                    self._tar.close()
-                    self._file.flush()
-                    os.fsync(self._file.fileno())
         if kind is not None:
+            with suppress(OSError):  # on a full disk what is still to be written
+                self._file.close()
             self.path.unlink(missing_ok=True)
+            return
+        with disk(self.path), self._file:
+            self._tar.close()
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
 
 @contextmanager
