@@ -98,7 +98,7 @@ class Groups:
     Args:
         store: where it is.
         key: of the file.
-        etag: of the file, as the index has it.
+        etag: of the file, as the index has it; empty: not to be checked.
 
     Raises:
         DataError: it changed, is gone, damaged, or without a column of images.
@@ -111,7 +111,7 @@ class Groups:
             raise DataError("the Parquet file is gone", where=self._where, hint="restore it, or launch a new run")
         self._size = entry.size
         with _damage(self._where):
-            file = _open(store, Entry(key, entry.size, etag))
+            file = _open(store, Entry(key, entry.size, etag or entry.etag))
         self._footer = file.metadata
         self._column = _columns(file.schema_arrow, self._where).image
 
