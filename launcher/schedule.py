@@ -149,7 +149,7 @@ def _expected(sweep: Sweep, epochs: int) -> tuple[float | None, tuple[Rung, ...]
         return (
             _epochs(rungs, sweep.trials, epochs),
             rungs,
-            (f"asha: about one in {sweep.reduction} survives each rung; more of the first ones do, for want of others"),
+            f"asha: at a rung a trial waits until it is among the best 1 in {sweep.reduction} of those that came there",
         )
     if sweep.scheduler == "hyperband":
         return _hyperband(sweep, epochs), (), "hyperband: brackets, from many short trials to few long ones"
@@ -162,9 +162,11 @@ def _expected(sweep: Sweep, epochs: int) -> tuple[float | None, tuple[Rung, ...]
 
 
 def _asha(sweep: Sweep, epochs: int) -> Iterator[Rung]:
-    reached = float(sweep.trials)
+    reached, always = float(sweep.trials), sweep.search != "grid"
     for epoch in sweep.rungs(epochs):
         survive = asha_survivors(reached, sweep.reduction)
+        # The trial with the settings of launch goes on in any case.
+        survive += (1 - survive / reached) * always
         yield Rung(epoch, round(reached, 1), round(survive, 1))
         reached = survive
 
@@ -172,13 +174,12 @@ def _asha(sweep: Sweep, epochs: int) -> Iterator[Rung]:
 def asha_survivors(trials: float, reduction: int) -> float:
     """How many of the trials that come to a rung one after another are expected to go on.
 
-    The first always does; the next ones are compared with the few before them, the cutoff being a percentile between
-    two of those: of n earlier ones, a new one of any rank is above it with a chance of 1/r + (1 - 2/r) / (n + 1).
+    In the end one in r is among the best. Those that were so for a while went on too: how many there are walks up with
+    each better one that comes and down with each place that opens, and never below none, as a reflected random walk.
     """
-    if trials <= 1:
-        return trials
-    harmonic = math.log(trials) + 0.5772 + 1 / (2 * trials)
-    return min(trials, 1 + (trials - 1) / reduction + (1 - 2 / reduction) * (harmonic - 1))
+    share = 1 / reduction
+    walk = math.sqrt(2 / math.pi * share * (1 - share) * trials)
+    return min(trials, max(1.0, trials * share + walk - 0.5))
 
 
 def _epochs(rungs: tuple[Rung, ...], trials: int, epochs: int) -> float:

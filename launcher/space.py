@@ -165,7 +165,7 @@ class Sweep(Section):
     scheduler: Literal["asha", "hyperband", "median", "pbt", "none"] = field(
         "asha", "Which trials are stopped early.", "spends the epochs on what looks good"
     )
-    grace_epochs: int | None = field(None, "Epochs each trial gets at least.", "a sixth of the epochs", ge=1)
+    grace_epochs: int | None = field(None, "Epochs each trial gets at least.", "a quarter of the epochs", ge=1)
     reduction: int = field(3, "One in so many trials survives each rung.", "Li et al. 2020 use 3 or 4", ge=2, le=16)
     concurrent: int | None = field(None, "Trials at once.", "what the pool holds", ge=1, le=1024)
     trials_per_gpu: int = field(1, "Trials of one worker that share a GPU.", "a GPU each", ge=1, le=16)
@@ -191,8 +191,7 @@ class Sweep(Section):
     def rungs(self, epochs: int) -> tuple[int, ...]:
         """The epochs at which trials of `epochs` epochs are compared, ascending, without the last epoch.
 
-        As Ray's ASHA has them: grace, grace x reduction, … (Li et al. 2020, "A System for Massively Parallel
-        Hyperparameter Tuning").
+        They are grace, grace x reduction, … (Li et al. 2020, "A System for Massively Parallel Hyperparameter Tuning").
         """
         grace = min(self.grace_epochs or 1, epochs)
         count = int(math.log(epochs / grace) / math.log(self.reduction) + 1)

@@ -89,7 +89,7 @@ def test_a_trial_outside_the_space_teaches_nothing_and_breaks_nothing() -> None:
     source = sampler(spec_of())
     source.teach(ended(1, {"optim.lr": 30.0, "augment.policy": "none"}, 0.5))
     source.teach(ended(2, {"optim.lr": 0.1, "augment.policy": "gone"}, 0.5))
-    assert source.study.trials == []
+    assert source.study().trials == []
     assert source.propose(3) is not None
 
 
@@ -98,8 +98,22 @@ def test_failed_and_stopped_trials_are_told_as_such() -> None:
     source.teach(ended(1, {"optim.lr": 0.1, "augment.policy": "none"}, 0.5, 0.6, outcome=Outcome.STOPPED))
     source.teach(ended(2, {"optim.lr": 0.2, "augment.policy": "none"}, outcome=Outcome.FAILED))
     source.teach(ended(3, {"optim.lr": 0.2, "augment.policy": "none"}, float("nan"), outcome=Outcome.FINISHED))
-    assert [trial.state.name for trial in source.study.trials] == ["PRUNED", "FAIL", "FAIL"]
-    assert source.study.trials[0].intermediate_values == {1: 0.5, 2: 0.6}
+    assert [trial.state.name for trial in source.study().trials] == ["PRUNED", "FAIL", "FAIL"]
+    assert source.study().trials[0].intermediate_values == {1: 0.5, 2: 0.6}
+
+
+def test_a_trial_that_waits_is_known_by_what_it_has_until_it_has_more() -> None:
+    source = sampler(spec_of())
+    found = source.propose(1)
+    assert found is not None
+    trial = ended(1, found, 0.5, outcome=Outcome.PAUSED)
+    assert [one.state.name for one in source.study().trials] == ["RUNNING"]
+    source.teach(trial, 1)
+    assert [(one.state.name, one.intermediate_values) for one in source.study().trials] == [("PRUNED", {1: 0.5})]
+    trial.epochs, trial.outcome = epochs(0.5, 0.7), Outcome.FINISHED
+    source.teach(trial, 1)
+    source.teach(trial, sweep="another")
+    assert [(one.state.name, one.value) for one in source.study().trials] == [("COMPLETE", 0.7)] * 2
 
 
 def test_several_objectives_are_searched_at_once() -> None:
@@ -111,7 +125,7 @@ def test_several_objectives_are_searched_at_once() -> None:
         trial = ended(number, found, 0.5)
         trial.epochs[0]["images_per_second"] = 100.0 * number
         source.teach(trial, number)
-    assert [trial.values for trial in source.study.trials][-1] == [0.5, 700.0]
+    assert [trial.values for trial in source.study().trials][-1] == [0.5, 700.0]
 
 
 def test_a_grid_is_every_combination_once_and_then_over() -> None:
@@ -172,7 +186,8 @@ class Tuned:
 def verdicts(judge: Judge, tuned: Tuned, trial: Trial, values: list[float]) -> list[str]:
     given = []
     for epoch in epochs(*values)[len(trial.epochs) :]:
-        given.append(judge.on_trial_result(SimpleNamespace(), tuned, {**epoch, "settings": json.dumps(trial.settings)}))
+        told = {**epoch, "settings": json.dumps(trial.settings)}
+        given.append(judge.on_trial_result(SimpleNamespace(get_live_trials=list), tuned, told))
         trial.epochs.append(epoch)
         if given[-1] == TrialScheduler.STOP:
             break
@@ -181,8 +196,8 @@ def verdicts(judge: Judge, tuned: Tuned, trial: Trial, values: list[float]) -> l
 
 def judged(trials: list[Trial], past: Ledger | None = None) -> tuple[Judge, list[Tuned]]:
     tuned = [Tuned(f"t{trial.number}") for trial in trials]
-    judge = Judge(spec_of(), {one.trial_id: trial for one, trial in zip(tuned, trials, strict=True)})
-    judge.replay(past or Ledger(dict(MAX)))
+    known = {one.trial_id: trial for one, trial in zip(tuned, trials, strict=True)}
+    judge = Judge(spec_of(scheduler="median"), past or Ledger(dict(MAX)), known, lambda: 0)
     for one in tuned:
         judge.on_trial_add(SimpleNamespace(), one)
     return judge, tuned
@@ -194,20 +209,21 @@ def test_a_restarted_scheduler_gives_the_verdicts_that_the_first_would_have_give
     whole, tuned = judged([*[Trial(trial.number, trial.settings) for trial in past], fresh])
     for one, trial in zip(tuned, past, strict=False):
         verdicts(whole, one, Trial(trial.number, trial.settings), [epoch["top1"] for epoch in trial.epochs])
-    expected = verdicts(whole, tuned[-1], Trial(6, {"optim.lr": 0.06}), [0.3] * 9)
+    expected = verdicts(whole, tuned[-1], Trial(6, {"optim.lr": 0.06}), [0.2] * 9)
 
     again, (one,) = judged([fresh], Ledger(dict(MAX), past))
-    assert verdicts(again, one, fresh, [0.3] * 9) == expected == [TrialScheduler.STOP]
-    assert again.why == {"t6": "not among the best 1 in 3 at epoch 1"}
+    assert verdicts(again, one, fresh, [0.2] * 9) == expected == [TrialScheduler.STOP]
+    assert again.why == {"t6": "below the median of the others at epoch 1"}
 
 
 def test_epochs_that_a_lost_trial_tells_again_are_not_judged_again() -> None:
-    past = [ended(number, {"optim.lr": number / 100}, *[0.9] * 9) for number in range(1, 6)]
-    begun = Trial(6, {"optim.lr": 0.06}, epochs=epochs(0.95, 0.95))
-    judge, (one,) = judged([begun], Ledger(dict(MAX), [*past, begun]))
-    told = {**epochs(0.1)[0], "settings": json.dumps(begun.settings)}
-    assert judge.on_trial_result(SimpleNamespace(), one, told) == TrialScheduler.CONTINUE
-    assert verdicts(judge, one, begun, [0.0, 0.0, 0.1]) == [TrialScheduler.STOP]
+    past = [ended(number, {"optim.lr": number / 100}, value, value) for number, value in ((1, 0.4), (2, 0.6))]
+    begun, new = Trial(3, {"optim.lr": 0.06}, epochs=epochs(0.9, 0.9)), Trial(4, {"optim.lr": 0.07})
+    judge, (one, other) = judged([begun, new], Ledger(dict(MAX), [*past, begun, new]))
+    for told in epochs(0.0, 0.0):
+        again = {**told, "settings": json.dumps(begun.settings)}
+        assert judge.on_trial_result(SimpleNamespace(), one, again) == TrialScheduler.CONTINUE
+    assert verdicts(judge, other, new, [0.5, 0.5]) == [TrialScheduler.STOP], "the median is 0.6"
 
 
 def test_the_default_settings_are_trained_to_the_end_however_they_do() -> None:

@@ -7,7 +7,6 @@ import math
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,7 +14,7 @@ from hypothesis import strategies as st
 from launcher.errors import UserError
 from launcher.plan import Plan, resolve
 from launcher.pools import Pool
-from launcher.schedule import Speed, asha_survivors, schedule
+from launcher.schedule import Speed, schedule
 from launcher.site import NodeType, Offer
 from launcher.space import own
 from launcher.spec import Data, Spec
@@ -266,6 +265,7 @@ def test_the_schedule_of_asha_counts_rungs_epochs_hours_and_cost() -> None:
     assert [rung.epoch for rung in ahead.rungs] == [2, 6]
     assert ahead.epochs_worst == 16 * 9
     assert ahead.epochs_expected == pytest.approx(32 + 4 * ahead.rungs[0].survive + 3 * ahead.rungs[1].survive)
+    assert 16 / 3 < ahead.rungs[0].survive == ahead.rungs[1].reached < 8
     assert (ahead.at_once, ahead.gpus, ahead.hours_worst, ahead.cost_worst) == (4, 4, None, None)
     assert ahead.caps == ("--max-hours after 2 h",)
     timed = schedule(made.spec, made.layout, 4_000, Speed("first", 0.01))
@@ -290,23 +290,6 @@ def test_other_schedulers_promise_no_more_than_they_keep(asked: dict[str, Any], 
     assert ahead.epochs_expected == expected
     assert ahead.rungs == ()
     assert ahead.note
-
-
-@pytest.mark.parametrize("reduction", [2, 3, 4])
-@pytest.mark.parametrize("trials", [1, 2, 5, 16, 64])
-def test_as_many_trials_are_expected_to_survive_as_do_in_rays_asha(trials: int, reduction: int) -> None:
-    from ray.tune.schedulers.async_hyperband import _Bracket
-
-    class Number:
-        def __init__(self, trial_id: int) -> None:
-            self.trial_id = trial_id
-
-    draws, counts = np.random.default_rng(0), []
-    for _ in range(400):
-        bracket = _Bracket(1, 100, reduction, 0)
-        going = [bracket.on_result(Number(number), 1, draws.random()) == "CONTINUE" for number in range(trials)]
-        counts.append(sum(going))
-    assert asha_survivors(trials, reduction) == pytest.approx(np.mean(counts), abs=0.35)
 
 
 @settings(deadline=None)

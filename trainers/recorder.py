@@ -56,8 +56,8 @@ class Recorder(Unstored, Callback):  # type: ignore[misc]
     def judge(self, proposals: Proposals) -> Judge:
         """The scheduler for the trials that `proposals` begins."""
         self._proposals = proposals
-        self._judge = Judge(self.spec, proposals.trials)
-        self._judge.replay(self.ledger)
+        self._judge = Judge(self.spec, self.ledger, proposals.trials, proposals.left)
+        proposals.ready = self._judge.ready
         return self._judge
 
     def stopper(self) -> Stopper:
@@ -127,6 +127,8 @@ class Recorder(Unstored, Callback):  # type: ignore[misc]
             mine.error = result["error"]
             if result["fatal"]:
                 self.fatal = from_record(result["error"])
+        if self._judge is not None and trial.trial_id in self._judge.paused:
+            mine.outcome = Outcome.PAUSED
         if "epoch" not in result or told_before(mine, result):
             return
         settings = settings_in(result)
@@ -145,8 +147,9 @@ class Recorder(Unstored, Callback):  # type: ignore[misc]
             "trial_epoch", number=mine.number, epoch=record["epoch"], epochs=self.spec.train.epochs,
             metric=self._metric, value=value, best=better,
         )  # fmt: skip
-        if self._judge is not None and trial.trial_id in self._judge.paused:
-            mine.outcome = Outcome.PAUSED
+        if mine.outcome is Outcome.PAUSED and self._proposals is not None:
+            # It may wait until the sweep ends, and others are proposed meanwhile.
+            self.sampler.teach(mine, self._proposals.proposal_of(mine))
         if time.monotonic() - self._saved >= SAVE_SECONDS:
             self._write()
 
@@ -205,7 +208,7 @@ class Recorder(Unstored, Callback):  # type: ignore[misc]
 
     def _clock(self, trial: Trial) -> None:
         started = self._started.get(trial.number)
-        if started is not None and trial.outcome in (Outcome.RUNNING, Outcome.PAUSED):
+        if started is not None and trial.outcome is Outcome.RUNNING:
             trial.seconds = started[1] + time.time() - started[0]
             if self._price is not None:
                 trial.cost = trial.seconds / 3600 * self._price / (self._sweep.concurrent or 1)

@@ -1,7 +1,7 @@
 """Who proposes the settings of trials: Optuna, behind Ray Tune's `Searcher`.
 
 It is rebuilt from the ledger whenever a sweep goes on, so nothing of it is ever stored: the sampler is taught every
-trial that ended. See `trainers.judge` for which trials go on.
+trial that ended or waits. See `trainers.judge` for which trials go on.
 """
 
 from __future__ import annotations
@@ -39,43 +39,54 @@ class Sampler:
         self._sweep, self._objectives, self._seed = sweep, objectives, seed
         directions = [optuna.study.StudyDirection.MAXIMIZE if mode == "max" else optuna.study.StudyDirection.MINIMIZE
                       for mode in objectives.values()]  # fmt: skip
-        self.study = optuna.create_study(directions=directions)
-        self._asked: dict[int, optuna.Trial] = {}
+        self._directions = directions
+        self._taught: dict[tuple[str, int], FrozenTrial] = {}
+        self._asked: dict[int, FrozenTrial] = {}
         self._grid = list(grid(space)) if sweep.search == "grid" else []
 
     def propose(self, number: int) -> dict[str, Any] | None:
         """Settings for trial `number`, counted from 1 without those of the user; None when all are tried."""
         if self._sweep.search == "grid":
             return self._grid[number - 1] if number <= len(self._grid) else None
-        self.study.sampler = self._sampler(self._seed * 1_000_003 + number)
-        trial = self._asked[number] = self.study.ask()
+        study = self.study()
+        study.sampler = self._sampler(self._seed * 1_000_003 + number)
+        trial = study.ask()
         settings: dict[str, Any] = {}
         for key, domain in self.space.items():
             if domain.applies(settings):
                 settings[key] = _value(domain, _draw(trial, key, domain))
+        self._asked[number] = create_trial(
+            state=TrialState.RUNNING, params=trial.params, distributions=trial.distributions
+        )
         return settings
 
-    def teach(self, trial: Trial, proposal: int | None = None) -> None:
-        """Takes a trial that ended into account; `proposal` is the number it was proposed with in this process."""
-        # What PBT has changed on the way is not what was proposed.
-        changed = any("settings" in epoch for epoch in trial.epochs)
-        asked = None if proposal is None or changed else self._asked.pop(proposal, None)
-        state, values, steps = self._result(trial)
-        if asked is not None:
-            for epoch, value in steps.items():
-                asked.report(value, epoch)
-            self.study.tell(asked, values, state)
-            return
-        frozen = self._frozen(trial, state, values, steps)
+    def study(self) -> optuna.Study:
+        """All that is known: trials that ended or wait, and those that were proposed and run.
+
+        Optuna takes an end for final, but a trial that waits may go on; so its study is made anew each time.
+        """
+        study = optuna.create_study(directions=self._directions)
+        for frozen in (*(self._taught[key] for key in sorted(self._taught)), *self._asked.values()):
+            study.add_trial(frozen)
+        return study
+
+    def teach(self, trial: Trial, proposal: int | None = None, sweep: str = "") -> None:
+        """Takes into account how far a trial has come that ended or waits, in place of what was known of it.
+
+        `proposal` is the number it was proposed with in this process; `sweep` names the past sweep that it is of.
+        """
+        if proposal is not None:
+            self._asked.pop(proposal, None)
+        frozen = self._frozen(trial, *self._result(trial))
         if frozen is not None:
-            self.study.add_trial(frozen)
+            self._taught[sweep, trial.number] = frozen
 
     def importance(self, trials: Iterable[Trial]) -> dict[str, float]:
         """Each field's share of the differences in the first objective, the largest first (fANOVA, Hutter et al. 2014).
 
         Trials that were stopped count with what they had reached. Fields that only some trials have are left out.
         """
-        study = optuna.create_study(direction=self.study.directions[0])
+        study = optuna.create_study(direction=self._directions[0])
         for trial in trials:
             values = trial.values(self._objectives)
             frozen = self._frozen(trial, TrialState.COMPLETE, list(values.values())[:1], {}) if values else None
@@ -111,7 +122,7 @@ class Sampler:
         metric = next(iter(self._objectives))
         steps = {epoch["epoch"]: float(epoch[metric]) for epoch in trial.epochs
                  if math.isfinite(epoch.get(metric, math.nan))}  # fmt: skip
-        if trial.outcome is Outcome.STOPPED:
+        if trial.outcome in (Outcome.STOPPED, Outcome.PAUSED):
             # TPE ranks what was stopped early below what was not, by how far it came (as BOHB's models do).
             return TrialState.PRUNED, None, steps
         return TrialState.COMPLETE, list(values.values()), steps
@@ -172,7 +183,8 @@ def _value(domain: Domain, drawn: Any) -> Any:
 class Proposals(Unstored, Searcher):  # type: ignore[misc]
     """Tune's view of the search: interrupted trials first, then defaults and points, then the sampler's proposals.
 
-    `begin(trial)` is called before a trial exists for Tune: what it records survives this process.
+    `begin(trial)` is called before a trial exists for Tune: what it records survives this process. While `ready` says
+    no, none begins.
     """
 
     def __init__(
@@ -185,14 +197,23 @@ class Proposals(Unstored, Searcher):  # type: ignore[misc]
         self._again = [trial for trial in ledger.trials if not trial.outcome.final]
         self.trials: dict[str, Trial] = {}
         self._proposed: dict[int, int] = {}
+        self._exhausted = False
+        self.ready: Callable[[], bool] = lambda: True
 
-    def suggest(self, trial_id: str) -> Config | str:
+    def left(self) -> int:
+        """How many trials will still be proposed that nobody has seen."""
+        return 0 if self._exhausted else max(0, self._sweep.trials - len(self._ledger.trials))
+
+    def suggest(self, trial_id: str) -> Config | str | None:
+        if not self.ready():
+            return None
         if self._again:
             trial = self._again.pop(0)
         else:
             number = len(self._ledger.trials) + 1
             settings, origin = self._settings(number) if number <= self._sweep.trials else (None, "")
             if settings is None:
+                self._exhausted = True
                 return str(Searcher.FINISHED)
             trial = Trial(number, settings, origin)
             self._ledger.trials.append(trial)

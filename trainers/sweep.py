@@ -82,7 +82,7 @@ class Search:
         if self.sweep.warm_from:
             for trial in Ledger.load(Run.at(self.sweep.warm_from)).trials:
                 if trial.outcome.final:
-                    self.sampler.teach(trial)
+                    self.sampler.teach(trial, sweep=self.sweep.warm_from)
 
     def _search(self, journal: Journal) -> None:
         left = self.sweep.trials - len(self.ledger.over())
@@ -137,7 +137,7 @@ class Search:
 
     def _scratch(self) -> str:
         """Where Tune keeps its files, and trials that are paused or copied their state: where all nodes reach it."""
-        if os.environ.get("RAY_ADDRESS") and self.sweep.scheduler in ("hyperband", "pbt"):
+        if os.environ.get("RAY_ADDRESS") and self.sweep.scheduler in ("asha", "hyperband", "pbt"):
             return f"{self.run.uri}/tune"
         (cache_folder() / "ray").mkdir(parents=True, exist_ok=True)
         return tempfile.mkdtemp(prefix="tune-", dir=cache_folder() / "ray")
@@ -203,14 +203,17 @@ def tune_trials(
     from trainers.trial import TrialActor, resources
 
     sweep = spec.sweep or Sweep()
+    if sweep.scheduler == "asha":
+        # Else the first trials would begin one after another.
+        os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(concurrent)
     tuner = tune.Tuner(
         tune.with_resources(TrialActor, resources(spec)),
         tune_config=tune.TuneConfig(
             search_alg=proposals,
             scheduler=recorder.judge(proposals),
             num_samples=trials,
-            # HyperBand pauses the trials of a bracket until all are there; what is booked keeps them within the pool.
-            max_concurrent_trials=None if sweep.scheduler == "hyperband" else concurrent,
+            # Tune would count the trials that are paused. HyperBand's are kept within the pool by what they book.
+            max_concurrent_trials=None if sweep.scheduler in ("asha", "hyperband") else concurrent,
             # An actor that is kept is not told of its trial's stop, and one of several workers would train on.
             reuse_actors=(spec.resources.workers or 1) == 1,
             trial_name_creator=lambda trial: str(trial.trial_id),

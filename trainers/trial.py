@@ -15,6 +15,7 @@ import threading
 import time
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Protocol
 
 from ray.tune import PlacementGroupFactory, Trainable
@@ -30,6 +31,8 @@ log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.2
 """How often a trial of several workers is asked for its next epoch."""
+TOLD = "epochs"
+"""The file that is all of a paused trial that Tune keeps: how many of its epochs Tune knows."""
 STOP_SECONDS = 120.0
 """A trial of several workers that has not stopped by then is left to Ray."""
 
@@ -67,6 +70,9 @@ class Player(Protocol):
 
     def save(self, folder: str) -> None:
         """Copies the state after the last epoch to a folder."""
+
+    def rest(self) -> int:
+        """Makes sure that the trial can go on from the end of the last epoch; how many epochs have been told."""
 
     def close(self) -> None:
         """Stops, and gives everything back."""
@@ -115,13 +121,23 @@ class TrialActor(Trainable):  # type: ignore[misc]
         return (Group if several else Alone)(run, spec, self._attempt, self._known)
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """For PBT, which copies it to other trials; the other schedulers save what they pause, to go on with it."""
         assert self._player is not None, "Tune saves after an epoch"
-        self._player.save(checkpoint_dir)
+        if (self._sweep.spec().sweep or Sweep()).scheduler == "pbt":
+            self._player.save(checkpoint_dir)
+            return
+        # The state is in the trial's own directory, where another process may take it up at once.
+        Path(checkpoint_dir, TOLD).write_text(str(self._player.rest()))
+        self.cleanup()
 
     def load_checkpoint(self, checkpoint: str) -> None:
-        """Begins where another trial was saved (PBT), or this one when it was paused (HyperBand)."""
+        """Goes on where this trial was paused, or where another was saved (PBT)."""
         from trainers.checkpoint import folder, load_latest, save
 
+        told = Path(checkpoint, TOLD)
+        if told.exists():
+            self._known = int(told.read_text())
+            return
         snapshot = load_latest(open_store(checkpoint), lambda what: log.warning("skipped a checkpoint: %s", what))
         if snapshot is None:
             return
@@ -183,7 +199,7 @@ class Alone:
         from trainers.ranklog import rank_log
         from trainers.worker import Trainer
 
-        self._open = ExitStack()
+        self._run, self._open = run, ExitStack()
         self._open.enter_context(rank_log(run, 0))
         try:
             fence = functools.partial(run.home.check_attempt, attempt)
@@ -197,8 +213,9 @@ class Alone:
 
     def epoch(self) -> dict[str, Any] | None:
         trainer = self.trainer
-        if self._told >= len(trainer.epochs) and (trainer.complete() or not trainer.epoch()):
-            return None
+        while self._told >= len(trainer.epochs):
+            if trainer.complete() or not trainer.epoch():
+                return None
         # After a loss the checkpoint may hold epochs that nobody was told of.
         record = trainer.epochs[self._told]
         self._told += 1
@@ -213,6 +230,15 @@ class Alone:
         snapshot = resume.capture(self.trainer)
         assert snapshot is not None, "this is rank 0"
         checkpoint.save(open_store(folder), snapshot)
+
+    def rest(self) -> int:
+        trainer = self.trainer
+        assert trainer.saver is not None, "this is rank 0"
+        trainer.saver.finish()
+        if self._run.latest_step() != trainer.step:
+            trainer.save()
+            trainer.saver.finish()
+        return self._told
 
     def close(self) -> None:
         self._open.close()
@@ -267,6 +293,10 @@ class Group:
         snapshot = checkpoint.load_latest(self._run.store, lambda what: log.warning("skipped a checkpoint: %s", what))
         if snapshot is not None:
             checkpoint.save(open_store(folder), snapshot)
+
+    def rest(self) -> int:
+        """Nothing to do: the workers save when they are asked to stop."""
+        return self._told
 
     def close(self) -> None:
         if self._thread.is_alive():
