@@ -157,17 +157,18 @@ def _time(state: State, ledger: Ledger, spec: Spec) -> str:
 
 
 def to_go(ledger: Ledger, spec: Spec, concurrent: int = 0) -> float | None:
-    """Seconds the rest takes if it goes as what has ended; None while too little has ended to tell.
+    """Seconds the rest takes if it goes as what has ended, or waits at a rung, where most stay; None while that is too
+    little to tell.
 
     What ends first is what was stopped, so nothing is said before a trial has trained all its epochs.
     """
     trials = spec.sweep.trials if spec.sweep else 0
-    going = [trial for trial in ledger.trials if not trial.outcome.final]
+    through = ledger.having(Outcome.FINISHED, Outcome.STOPPED, Outcome.PAUSED)
+    going = [trial for trial in ledger.trials if not trial.outcome.final and trial.outcome is not Outcome.PAUSED]
     at_once = concurrent or len(ledger.having(Outcome.RUNNING)) or 1
-    ended = ledger.having(Outcome.FINISHED, Outcome.STOPPED)
-    if len(ended) < max(3, at_once) or not ledger.having(Outcome.FINISHED):
+    if len(through) < max(3, at_once) or not ledger.having(Outcome.FINISHED):
         return None
-    each = sum(trial.seconds for trial in ended) / len(ended)
+    each = sum(trial.seconds for trial in through) / len(through)
     begun = sum(max(each - trial.seconds, 0.0) for trial in going)
     return (begun + each * max(trials - len(ledger.trials), 0)) / min(at_once, max(trials - len(ledger.over()), 1))
 

@@ -163,6 +163,8 @@ def test_how_long_it_takes_is_told_once_it_can_be() -> None:
     # 20 s each: two have 15 s left, five are to come, two at once.
     assert to_go(Ledger({"top1": "max"}, [*ended, *running]), spec, 2) == pytest.approx((2 * 15 + 5 * 20) / 2)
     assert to_go(Ledger({"top1": "max"}, [*ended, *running]), spec, 4) is None
+    ended[0].outcome = Outcome.PAUSED  # at a rung, as most that do not go on
+    assert to_go(Ledger({"top1": "max"}, [*ended, *running]), spec, 2) == pytest.approx((2 * 15 + 5 * 20) / 2)
     assert to_go(Ledger({"top1": "max"}, ended[:2]), spec, 2) is None
 
 
