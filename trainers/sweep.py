@@ -136,7 +136,7 @@ class Search:
         return min(self.began, up, max(self.run.state().submitted, up - 3600 * waited))
 
     def _scratch(self) -> str:
-        """Where Tune keeps its files, a few bytes of each trial that is paused, and PBT its copies: where all nodes reach it."""
+        """Where Tune keeps its files, also those of trials that pause or are copied: where all nodes reach it."""
         if os.environ.get("RAY_ADDRESS") and self.sweep.scheduler in ("asha", "hyperband", "pbt"):
             return f"{self.run.uri}/tune"
         (cache_folder() / "ray").mkdir(parents=True, exist_ok=True)
