@@ -14,3 +14,5 @@ gpu_types = [
     spot          = { price_per_hour = 0.55 }
   },
 ]
+
+head_nodes = { price_per_hour = 0.19 }
