@@ -231,11 +231,19 @@ def step_line(event: dict[str, Any], epochs: int) -> str:
     parts = [
         f"epoch {event['epoch']}/{epochs}", f"step {event['at']}/{event['of']}", f"loss {event['loss']:.3f}",
         f"{event['images_per_second']:,.0f} images/s", f"waiting for data {event['data_wait']:.0%}",
-        f"memory {size(event['memory'])}",
+        *_reading(event.get("pixels_held"), event.get("s3_bytes")), f"memory {size(event['memory'])}",
     ]  # fmt: skip
     if event.get("gpu_memory"):
         parts.append(f"GPU {size(event['gpu_memory'])}")
     return "  ".join(parts)
+
+
+def _reading(held: float | None, fetched: float | None) -> list[str]:
+    """How much of the data was decoded already, and how much had to come from S3."""
+    return [
+        *([] if held is None else [f"decoded before {held:.0%}"]),
+        *([f"from S3 {size(int(fetched))}"] if fetched else []),
+    ]
 
 
 def epoch_line(record: dict[str, Any], epochs: int) -> str:

@@ -118,7 +118,10 @@ def test_ranks_together_see_the_batches_of_one(index: Index) -> None:
     ranks = [list(loader(index, rank=rank, world=3, accumulate=2).train(1)) for rank in range(3)]
     for number, step in enumerate(alone):
         parts = [part for steps in ranks for part in steps[number].parts]
-        joined = Batch(*(torch.cat([getattr(part, name) for part in parts]) for name in ("images", "targets", "rows")))
+        images, targets, rows = (
+            torch.cat([getattr(part, name) for part in parts]) for name in ("images", "targets", "rows")
+        )
+        joined = Batch(images, targets, rows)
         assert same(joined, step.parts[0])
 
 

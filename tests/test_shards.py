@@ -290,4 +290,4 @@ def test_an_image_in_a_shard_is_read_as_it_was_packed(tmp_path: Path) -> None:
                 shard.addfile(about, io.BytesIO(content))
     index = build_index(Data(uri=str(tmp_path)))
     source = Source(index)
-    assert sorted(source.read(row) for row in range(len(index.table))) == sorted(packed.values())
+    assert sorted(bytes(source.read(row)) for row in range(len(index.table))) == sorted(packed.values())

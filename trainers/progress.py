@@ -99,8 +99,11 @@ class Progress:
         self._journal.write("start", now=True, step=step, steps_per_epoch=steps, epochs=spec.train.epochs,
                             workers=world, device=device)  # fmt: skip
 
-    def step(self, epoch: int, step: int, steps: int, batch: int, meter: Meter) -> None:
-        """A step was made; images/s and the share of waiting are those since the last line."""
+    def step(self, epoch: int, step: int, steps: int, batch: int, meter: Meter, counts: dict[str, float]) -> None:
+        """A step was made; images/s and the share of waiting are those since the last line.
+
+        `counts` is what this rank has read since the epoch began, evaluations before it included.
+        """
         now = time.monotonic()
         if now - self._told < 1.0:
             return
@@ -110,6 +113,7 @@ class Progress:
             "step", epoch=epoch, step=step, of=steps, at=step - (epoch - 1) * steps, batch=batch,
             loss=round(meter.loss(), 5), lr=meter.lr, images_per_second=round((meter.images - images) / span, 2),
             data_wait=round((meter.waited - waited) / span, 4),
+            pixels_held=round(counts["pixels_held"] / max(counts["images"], 1), 4), s3_bytes=int(counts["bytes"]),
             memory=self._process.memory_info().rss,
             gpu_memory=torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0,
         )  # fmt: skip
@@ -132,8 +136,8 @@ class Progress:
         """Writes metrics.json and metrics.csv anew."""
         self._run.write_json("metrics.json", {"schema": 1, **document})
         rows = [
-            {key: value for key, value in epoch.items() if key != "val"}
-            | {f"val_{key}": value for key, value in epoch["val"].items()}
+            {key: value for key, value in epoch.items() if key not in ("val", "data")}
+            | {f"{part}_{key}": value for part in ("val", "data") for key, value in epoch.get(part, {}).items()}
             for epoch in document["epochs"]
         ]
         if rows:

@@ -23,6 +23,7 @@ from launcher.runs import Run, State, Status
 from launcher.sweeps import Ledger, Trial, command_of, spec_of
 from trainers import sweep_page
 from trainers.curves import curves, finite
+from trainers.data.counts import FIELDS
 from trainers.page import ROWS, Files, Json, rows_of, table_of, template, wilson
 
 MATRIX_CLASSES = 40
@@ -74,6 +75,7 @@ def render(run: Run, state: State | None = None) -> str:
         "mistakes": [_mistake(row) for row in rows_of({"all": files.read("mistakes.json", [])}, "all")[:MISTAKES]],
         "bad": rows_of(files.read("data_report.json"), "bad"),
         "timing": files.guard("metrics.json", _timing, metrics, epochs),
+        "reading": files.guard("metrics.json", _reading, epochs),
         "attempts": files.attempts(),
         "notes": files.notes,
         "rows": ROWS,
@@ -201,3 +203,26 @@ def _timing(metrics: Json, epochs: list[Json]) -> list[Json]:
         for colour, (part, seconds) in enumerate(parts.items())
         if seconds > total / 1e4
     ]
+
+
+def _reading(epochs: list[Json]) -> list[Json]:
+    """What the data engine did in the first epoch and in each later one, on average; nothing where it is not known."""
+    known = [table_of(epoch, "data") for epoch in epochs]
+    spans = {"first epoch": known[:1], "each later epoch": known[1:]}
+    columns = []
+    for span, parts in spans.items():
+        sums = {key: sum(finite(part.get(key), 0.0) for part in parts) for key in FIELDS}
+        if not sums["images"]:
+            continue
+        decoded, count = sums["decoded"], len(parts)
+        columns.append({
+            "span": span,
+            "images": sums["images"] / count,
+            "held": sums["pixels_held"] / sums["images"],
+            "decoded": decoded / count,
+            "decode_rate": decoded / sums["decode_seconds"] if sums["decode_seconds"] else None,
+            "crop_rate": sums["images"] / sums["crop_seconds"] if sums["crop_seconds"] else None,
+            "bytes": sums["bytes"] / count,
+            "requests": sums["requests"] / count,
+        })  # fmt: skip
+    return columns

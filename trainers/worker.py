@@ -216,7 +216,7 @@ class Trainer:
             "epoch": epoch + 1, "step": self.step, "lr": self.meter.lr, "train_loss": train_loss,
             "train_top1": train_top1, "val": summary, "seconds": self.meter.seconds,
             "eval_seconds": time.monotonic() - began, "images_per_second": self.meter.rate(),
-            "data_wait": self.meter.wait_share(), "data": total(self.team.gather(self.loader.counts.so_far())),
+            "data_wait": self.meter.wait_share(), "data": total(self.team.gather(self.loader.counts.take())),
             "best": best, "parameters": self.parameters,
         }  # fmt: skip
         self.epochs.append(record)
@@ -347,7 +347,8 @@ class Trainer:
             self.seconds["wait"] += waited
             self.seconds["train"] += time.monotonic() - began
             if self.progress:
-                self.progress.step(len(self.epochs) + 1, self.step, self.loader.steps, step.size, self.meter)
+                self.progress.step(len(self.epochs) + 1, self.step, self.loader.steps, step.size, self.meter,
+                                   self.loader.counts.so_far())  # fmt: skip
 
     def _out_of_patience(self) -> bool:
         patience = self.spec.train.early_stop

@@ -33,9 +33,15 @@ class Counts:
                 self._sums[name] += amount
 
     def so_far(self) -> dict[str, float]:
-        """The sums since the beginning."""
+        """The sums since the beginning, or the last `take`."""
         with self._lock:
             return dict(self._sums)
+
+    def take(self) -> dict[str, float]:
+        """The sums, which begin anew."""
+        with self._lock:
+            sums, self._sums = self._sums, dict.fromkeys(FIELDS, 0)
+            return sums
 
 
 def total(parts: Iterable[dict[str, float]]) -> dict[str, float]:

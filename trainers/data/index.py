@@ -36,7 +36,8 @@ PIECE = 1 << 16
 class Place(NamedTuple):
     """Where an image's bytes are: `size` bytes from `offset` on, in the object `key` of the store at `uri`.
 
-    In a Parquet file, `offset` is the number of the row and `size` an estimate. An empty `etag` is not to be checked.
+    In a Parquet file, `offset` is `row group << 32 | row in it`, and `size` an estimate. An empty `etag` is not to be
+    checked.
     """
 
     uri: str
@@ -59,7 +60,7 @@ class Index:
         table: one row per image, sorted by key, each column in one piece:
             key: what the image is called; without an `object` also where it lies.
             object: the object that holds it among others (a tar shard, a Parquet file), or null.
-            offset: its first byte in the object, int64; in a Parquet file the number of its row.
+            offset: its first byte in the object, int64; in a Parquet file see `Place`.
             size: bytes of the image itself, int64; in a Parquet file an estimate.
             etag: tag of the object that holds it; empty: not to be checked.
             label: name of the class.

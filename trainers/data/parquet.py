@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from launcher.errors import DataError
 from launcher.storage import Entry, Store, open_store
@@ -35,6 +36,8 @@ IMAGES = ("image", "img")
 LABELS = ("label", "labels", "class", "cls")
 """Names of columns of which the first that is there counts, if the schema does not say what it is, or says several."""
 _VERSION = 1
+
+Offset = TypeVar("Offset", int, npt.NDArray[np.int64])
 
 
 def list_parquet(store: Store, files: list[Entry], ignored: int, val_split: str | None) -> Listing:
@@ -138,8 +141,8 @@ class Groups:
             return [image or b"" for image in table.flatten().column(0).to_pylist()]
 
 
-def group_of(offset: int) -> tuple[int, int]:
-    """The row group of an image, and its row in that, from its `offset` in the index."""
+def group_of(offset: Offset) -> tuple[Offset, Offset]:
+    """The row group of an image, and its row in that, from its `offset` in the index; or of several images."""
     return offset >> GROUP_BITS, offset & ((1 << GROUP_BITS) - 1)
 
 

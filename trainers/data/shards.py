@@ -6,8 +6,6 @@ looked at once. Compressed archives are refused, for nothing can be read from th
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
 import math
 import re
@@ -18,10 +16,11 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from launcher.errors import DataError, LaunchError
-from launcher.storage import Entry, LocalStore, Store, cache_folder
+from launcher.errors import DataError
+from launcher.storage import Entry, Store
 from trainers.data.listing import IMAGE_SUFFIXES, Listing, complete, few, file_splits, suffix
 from trainers.data.ranged import Ranged
+from trainers.data.scans import once
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -57,7 +56,7 @@ def list_shards(store: Store, shards: list[Entry], ignored: int, val_split: str 
     split_of = file_splits([shard.key for shard in shards], val_split, store.uri)
     used = [shard for shard in shards if split_of[shard.key] is not None]
     with ThreadPoolExecutor(min(THREADS, len(used)), thread_name_prefix="shards") as pool:
-        scans = list(pool.map(partial(_known, store), used))
+        scans = list(pool.map(partial(once, "shards", _VERSION, store, look=_scan), used))
     names = _class_names(store)
     parts: list[pa.Table] = []
     samples: dict[str, list[tuple[str, pa.ChunkedArray]]] = {}
@@ -104,23 +103,6 @@ def compressed(where: str, names: Iterable[str]) -> DataError:
 
 
 # -- one shard
-
-
-def _known(store: Store, shard: Entry) -> pa.Table:
-    """What a shard holds, from the cache or by looking."""
-    import pyarrow.parquet as pq
-
-    cache = LocalStore(cache_folder() / "shards")
-    address = f"{_VERSION}\0{store.uri}/{shard.key}\0{shard.etag}\0{shard.size}"
-    name = f"{hashlib.blake2b(address.encode(), digest_size=16).hexdigest()}.parquet"
-    with suppress(OSError, ValueError, LaunchError):  # a cache that cannot be read is no cache
-        return pq.read_table(io.BytesIO(cache.read(name)))
-    table = _scan(store, shard)
-    out = io.BytesIO()
-    pq.write_table(table, out, compression="zstd")
-    with suppress(OSError, LaunchError):
-        cache.write(name, out.getvalue())
-    return table
 
 
 def _scan(store: Store, shard: Entry) -> pa.Table:

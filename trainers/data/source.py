@@ -1,5 +1,7 @@
 """Image files by row of the index. What lies on S3 is fetched once per node, ahead of its use, and kept in its cache.
 
+So is what lies in Parquet files, wherever they are, for of these only row groups can be read.
+
 All workers, trials and restarts on a node share the cache, in which a file is named by its address and ETag: nothing
 stale is ever served. Where it cannot be kept, for want of room or a disk, it is fetched again when it is needed again.
 Nothing is decoded here.
@@ -26,7 +28,8 @@ from launcher.storage import Store, cache_folder, open_store
 from trainers.data.cache import Cache, Rows, View, room
 from trainers.data.counts import Counts
 from trainers.data.fetch import Bucket
-from trainers.data.index import Index
+from trainers.data.index import Index, Place
+from trainers.data.parquet import Groups, group_of
 
 REQUESTS = 48
 """Requests to S3 at once: at 50 ms each, a thousand small images a second."""
@@ -40,6 +43,7 @@ MOST_AHEAD = 1024
 """Groups that wait in `Source.ahead`."""
 
 Data = bytes | memoryview
+Flags = npt.NDArray[np.bool_]
 Group = TypeVar("Group")
 
 
@@ -48,7 +52,7 @@ class Source:
 
     Args:
         index: what to read.
-        folder: of the cache; `default_cache()` if None. Only what lies on S3 is kept there.
+        folder: of the cache; `default_cache()` if None.
         budget: bytes that the cache may take on the disk, for all who use it; half of the disk if None.
         counts: where `files_held`, `requests`, `bytes` and `fetch_seconds` are counted.
     """
@@ -58,14 +62,15 @@ class Source:
     ) -> None:
         self.index = index
         self.counts = counts or Counts()
-        self._remote = _remote(index)
+        self._parquet, self._cached = _parquet(index), _cached(index)
         self._view: View | None = None
-        if self._remote.any():
+        if self._cached.any():
             folder = (folder or default_cache()) / "files"
             self._cache = Cache(folder, room(folder) // 2 if budget is None else budget)
             self._view = self._cache.view(index.ids)
         self._stores: dict[str, Store] = {}
         self._buckets: dict[str, Bucket] = {}
+        self._groups: dict[str, Groups] = {}
         self._flights: dict[int, Future[dict[int, Data]]] = {}
         self._pool: ThreadPoolExecutor | None = None
         self._gate = _Gate(IN_FLIGHT)
@@ -78,7 +83,7 @@ class Source:
             SiteError: credentials or permissions do not suffice.
             InfrastructureError: S3 does not answer.
         """
-        if self._view is None or not self._remote[row]:
+        if self._view is None or not self._cached[row]:
             return self._local(row)
         flight = self._flights.pop(row, None)
         came = {} if flight is None else flight.result()
@@ -88,7 +93,8 @@ class Source:
         if held is not None:
             self.counts.add(files_held=flight is None)
             return held
-        came = self._fetch(np.array([row]))
+        for piece in self._pieces([row]):
+            came |= self._fetch(piece)
         held = came[row] if row in came else self._view.get(row)
         # What was kept and is damaged already is fetched without the cache.
         return self._get(np.array([row]))[row] if held is None else held
@@ -127,8 +133,8 @@ class Source:
     def chunks(self) -> Rows | None:
         """Number of the part of the data that each row is best read with, int64 [n]; None if no object is shared.
 
-        A part is what is fetched by one request: an image that is an object by itself, or about `CHUNK` bytes of one
-        that holds many. It depends on the index alone.
+        A part is what is fetched by one request: an image that is an object by itself, about `CHUNK` bytes of one that
+        holds many, or a row group of a Parquet file. It depends on the index alone.
         """
         import pyarrow.compute as pc
 
@@ -139,7 +145,8 @@ class Source:
         part = -1 - np.arange(len(holder))
         number = pc.fill_null(holder.dictionary_encode().indices, 0).to_numpy(zero_copy_only=False).astype(np.int64)
         offset = self.index.table["offset"].to_numpy()
-        part[shared] = number[shared] << 40 | offset[shared] // CHUNK
+        within = np.where(self._parquet, group_of(offset)[0], offset // CHUNK)
+        part[shared] = number[shared] << 40 | within[shared]
         return np.unique(part, return_inverse=True)[1].astype(np.int64)
 
     # -- what is on its way
@@ -148,7 +155,7 @@ class Source:
         """Sends for the files of these rows that are not at hand; returns their bytes."""
         if self._view is None:
             return 0
-        rows = rows[self._remote[rows]]
+        rows = rows[self._cached[rows]]
         if len(rows):
             self._view.refresh()
             rows = rows[~self._view.held(rows)]
@@ -169,19 +176,22 @@ class Source:
     def _pieces(self, missing: list[int]) -> Iterator[Rows]:
         """The rows to fetch by one request each, so that all that are missing come.
 
-        Images that share an object come with their neighbours, as long as these can be kept.
+        Images that share an object come with their neighbours, as long as these can be kept and most are missing; in a
+        Parquet file they always do.
         """
         assert self._view is not None
         wanted = np.unique(np.array(missing))
-        if self.chunks is None or not self._cache.keeping:
-            yield from wanted[:, None]
+        alone = wanted if self.chunks is None else wanted[~self._parquet[wanted] & (not self._cache.keeping)]
+        yield from alone[:, None]
+        if self.chunks is None:
             return
+        wanted = np.setdiff1d(wanted, alone)
         for number in np.unique(self.chunks[wanted]).tolist():
             first, last = np.searchsorted(self._by_chunk[1], [number, number + 1])
             rows = self._by_chunk[0][first:last]
             absent = rows[~self._view.held(rows)]
-            # When most of a part is here already, what is missing is little.
-            yield from [absent] if 2 * len(absent) > len(rows) else absent[np.isin(absent, wanted)][:, None]
+            together = self._parquet[rows[0]] or 2 * len(absent) > len(rows)
+            yield from [absent] if together else absent[np.isin(absent, wanted)][:, None]
 
     @cached_property
     def _by_chunk(self) -> tuple[Rows, Rows]:
@@ -198,8 +208,11 @@ class Source:
     def _fetch(self, rows: Rows) -> dict[int, Data]:
         """Gets the files of some rows of one chunk, unless they are here; returns those that are not kept."""
         assert self._view is not None
-        chunk = self.chunks
-        first = rows[0] if chunk is None else self._by_chunk[0][np.searchsorted(self._by_chunk[1], chunk[rows[0]])]
+        if not self._cache.keeping:
+            return self._get(rows)
+        first = rows[0]
+        if len(rows) > 1 and self.chunks is not None:
+            first = self._by_chunk[0][np.searchsorted(self._by_chunk[1], self.chunks[first])]
         with self._view.claim(int(first)):
             self._view.refresh()
             rows = rows[~self._view.held(rows)]
@@ -209,36 +222,52 @@ class Source:
             return {row: data for row, data in came.items() if not self._view.put(row, data)}
 
     def _get(self, rows: Rows) -> dict[int, Data]:
-        """The files of some rows of one object, by one request."""
-        places = [self.index.place(row) for row in rows.tolist()]
-        uri, key, etag, start, _, _ = min(places, key=lambda place: place.offset)
-        stop = max(place.offset + place.size for place in places)
-        name, _, prefix = uri.removeprefix("s3://").partition("/")
-        bucket = self._buckets.get(name) or self._buckets.setdefault(name, Bucket(name))
-        path = f"{prefix}/{key}" if prefix else key
+        """The files of some rows of one chunk, by one request."""
+        places = {row: self.index.place(row) for row in rows.tolist()}
+        place = min(places.values(), key=lambda place: place.offset)
+        if self._parquet[rows[0]]:
+            groups, number = self._file(place), group_of(place.offset)[0]
+            files = groups.images(number, self._span(place, *groups.span(number)))
+            return {row: files[group_of(place.offset)[1]] for row, place in places.items()}
+        start = place.offset
+        data = self._span(place, start, max(place.offset + place.size for place in places.values()))
+        return {row: data[place.offset - start : place.offset - start + place.size] for row, place in places.items()}
+
+    def _file(self, place: Place) -> Groups:
+        where = f"{place.uri}/{place.key}"
+        return self._groups.get(where) or self._groups.setdefault(
+            where, Groups(self._store(place.uri), place.key, place.etag)
+        )
+
+    def _span(self, place: Place, start: int, stop: int) -> memoryview:
+        """Bytes `start` to `stop` of an object."""
+        where = f"{place.uri}/{place.key}"
         try:
+            if not place.uri.startswith("s3://"):
+                return memoryview(self._store(place.uri).read(place.key, place.etag or None, (start, stop)))
+            name, _, prefix = place.uri.removeprefix("s3://").partition("/")
+            bucket = self._buckets.get(name) or self._buckets.setdefault(name, Bucket(name))
             with self._gate.of(stop - start):
                 began = time.monotonic()
-                data = memoryview(bucket.get(path, etag, stop - start, start))
+                data = bucket.get(f"{prefix}/{place.key}" if prefix else place.key, place.etag, stop - start, start)
                 self.counts.add(requests=1, bytes=len(data), fetch_seconds=time.monotonic() - began)
+                return data
         except FileNotFoundError as error:
-            raise _gone(f"{uri}/{key}") from error
-        return {
-            row: data[place.offset - start : place.offset - start + place.size]
-            for row, place in zip(rows.tolist(), places, strict=True)
-        }
+            raise _gone(where) from error
 
     # -- what is here
 
     def _local(self, row: int) -> bytes:
         uri, key, etag, offset, size, shared = self.index.place(row)
-        store = self._stores.get(uri) or self._open(uri)
         try:
-            return store.read(key, etag or None, (offset, offset + size) if shared else None)
+            return self._store(uri).read(key, etag or None, (offset, offset + size) if shared else None)
         except FileNotFoundError as error:
             raise _gone(f"{uri}/{key}") from error
 
-    def _open(self, uri: str) -> Store:
+    def _store(self, uri: str) -> Store:
+        known = self._stores.get(uri)
+        if known is not None:
+            return known
         folder: str | Path = uri
         if uri.startswith("sample://"):
             from trainers.data.sample import materialise
@@ -273,15 +302,22 @@ def default_cache() -> Path:
     return Path(os.environ.get("RAYLAUNCH_CACHE") or cache_folder() / "images")
 
 
-def _remote(index: Index) -> npt.NDArray[np.bool_]:
-    """Which rows lie on S3, bool [n]."""
+def _parquet(index: Index) -> Flags:
+    """Which rows lie in Parquet files, bool [n]."""
+    import pyarrow.compute as pc
+
+    return np.asarray(pc.fill_null(pc.ends_with(index.table["object"], ".parquet"), False).to_numpy())
+
+
+def _cached(index: Index) -> Flags:
+    """Which rows are read through the cache, bool [n]: those on S3 and those in Parquet files."""
     import pyarrow.compute as pc
 
     where = pc.coalesce(index.table["object"], index.table["key"])
     remote = pc.starts_with(where, "s3://")
     if index.uri.startswith("s3://"):
         remote = pc.or_(remote, pc.invert(pc.starts_with(where, "/")))
-    return np.asarray(remote.to_numpy())
+    return np.asarray(remote.to_numpy()) | _parquet(index)
 
 
 def _gone(where: str) -> DataError:
