@@ -211,6 +211,8 @@ def _workers(order: Submission) -> dict[str, Any]:
 def _container(name: str, site: Site, *, cpus: str, memory: str) -> dict[str, Any]:
     settings = {
         "XDG_CACHE_HOME": CACHE_PATH,
+        # A pod that puts more into its volume is evicted.
+        "RAYLAUNCH_CACHE_BYTES": str(int(quantity(site.cache_size))),
         # `ray job stop` gives a driver 3 s by default, too few for a last checkpoint.
         "RAY_JOB_STOP_WAIT_TIME_S": str(WORKER_GRACE_SECONDS),
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -251,7 +253,7 @@ def _pod(order: Submission, container: dict[str, Any], where: Offer) -> dict[str
             "seccompProfile": {"type": "RuntimeDefault"},
         },
         "containers": [container],
-        "volumes": [{"name": "cache", "emptyDir": {"sizeLimit": site.cache_size}}],
+        "volumes": [{"name": "cache", **_cache_volume(site)}],
         "tolerations": [_toleration(item) for item in where.tolerations] + lost,
     }
     if where.node_selector:
@@ -263,3 +265,9 @@ def _pod(order: Submission, container: dict[str, Any], where: Offer) -> dict[str
 
 def _toleration(item: Toleration) -> dict[str, str]:
     return item.model_dump(exclude_none=True)
+
+
+def _cache_volume(site: Site) -> dict[str, Any]:
+    if site.cache_path:
+        return {"hostPath": {"path": site.cache_path, "type": "Directory"}}
+    return {"emptyDir": {"sizeLimit": site.cache_size}}

@@ -134,6 +134,7 @@ class Site(_Part):
     confirm_above: float = Field(default=25.0, ge=0)
     currency: str = "USD"
     cache_size: Quantity = "50Gi"
+    cache_path: str | None = Field(default=None, pattern=r"^/.+")
     run_as_user: int = Field(default=1000, ge=1)
     env: dict[str, str] = {}
     env_secret: Label | None = None

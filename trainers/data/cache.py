@@ -39,14 +39,19 @@ _log = logging.getLogger(__name__)
 
 
 def room(folder: Path) -> int:
-    """Bytes on the disk that a log in this folder has, and those that it could still get; 0 if that cannot be told."""
+    """Bytes on the disk that a log in this folder has, and those that it could still get; 0 if that cannot be told.
+
+    All caches of a node together are to have no more than `$RAYLAUNCH_CACHE_BYTES`, where that is set.
+    """
     there = folder
     while not there.exists() and there != there.parent:
         there = there.parent
     try:
-        return Cache(folder, 0).held() + shutil.disk_usage(there).free
+        found = Cache(folder, 0).held() + shutil.disk_usage(there).free
     except OSError:
         return 0
+    most = os.environ.get("RAYLAUNCH_CACHE_BYTES", "")
+    return min(found, int(most)) if most.isdecimal() else found
 
 
 class Cache:
