@@ -61,9 +61,9 @@ def _train_extra(hint: str) -> Iterator[None]:
 @_data_options
 @output_option
 def stats(uri: str, sample: int, every: bool, val_fraction: float, val_split: str | None, output: str) -> None:
-    """Say what a data set holds: classes, sizes, formats, bad images, and whether to pack it.
+    """Say what a data set holds, and whether to pack it.
 
-    URI is what --data takes. All images are counted, and some are read (--sample 0: none).
+    URI is what --data takes. All images are counted, and some are decoded (--sample 0: none).
     """
     index = _index(uri, val_fraction, val_split)
     from trainers.data.stats import contents, summary
@@ -116,6 +116,7 @@ def _stats_page(document: dict[str, Any], uri: str) -> None:
 
 
 def _contents_page(found: dict[str, Any], out: Any) -> None:
+    from launcher.plan import count
     from launcher.show import say, size
 
     seen = "all images" if found["all"] else f"{found['looked_at']:,} images by chance"
@@ -133,7 +134,7 @@ def _contents_page(found: dict[str, Any], out: Any) -> None:
         say(out, "", f"{image['key']}: {image['why']}")
     if "duplicates" in found:
         twice = found["duplicates"]
-        say(out, "twice", f"{twice['images']:,} images are copies of another")
+        say(out, "twice", f"{count(twice['images'], 'image')} with the content of another")
         for key, words in (("in_several_splits", "in several splits"), ("of_several_classes", "of several classes")):
             if twice[key]:
                 say(out, "", f"{len(twice[key]):,} {words}, such as {' = '.join(twice[key][0])}", "bold red")
@@ -160,10 +161,10 @@ def pack(
     src: str, dst: str, shard_mb: int, seed: int, check: bool, verify: bool, dry_run: bool, val_fraction: float,
     val_split: str | None, output: str,
 ) -> None:  # fmt: skip
-    """Copy the images at SRC, as they are, into tar shards at DST: a folder or an s3:// prefix.
+    """Copy the images at SRC into tar shards at DST.
 
-    SRC is what --data takes. DST then is, too, with the same classes, splits and weights. If it is broken off, the same
-    command goes on; if all is there, it verifies it once more.
+    SRC is what --data takes; DST is a folder or an s3:// prefix, and then what --data takes, with the same images,
+    classes, splits and weights. If it is broken off, the same command goes on; if all is there, it verifies it again.
 
     \b
     launch data pack s3://bucket/flowers s3://bucket/flowers-packed

@@ -16,6 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
@@ -124,10 +126,20 @@ def test_test_images_and_weights_come_along(tmp_path: Path) -> None:
     assert sum(weight is not None for found in trained(again).values() for _, weight, _ in found.values()) == 5
 
 
-def test_shards_can_be_packed_anew(tmp_path: Path) -> None:
-    members = samples(0, 40, image=noise(0, 10_000))
-    source = build_index(Data(uri=fill(str(tmp_path / "source"), {"0.tar": shard(members)})))
-    again = build_index(Data(uri=packed(source, str(tmp_path / "pack")).uri))
+def test_shards_can_be_packed_anew(place: str) -> None:
+    members = samples(0, 80, image=noise(0, 10_000))
+    source = build_index(Data(uri=fill(f"{place}/source", {"0.tar": shard(members)})))
+    again = build_index(Data(uri=packed(source, f"{place}/pack").uri))
+    assert trained(again) == trained(source)
+
+
+def test_parquet_files_can_be_packed(place: str) -> None:
+    images = [{"bytes": noise(number, 10_000), "path": None} for number in range(80)]
+    table = pa.table({"image": images, "label": ["ab"[number % 2] for number in range(80)]})
+    out = io.BytesIO()
+    pq.write_table(table, out, row_group_size=20)
+    source = build_index(Data(uri=fill(f"{place}/source", {"train-00000.parquet": out.getvalue()})))
+    again = build_index(Data(uri=packed(source, f"{place}/pack").uri))
     assert trained(again) == trained(source)
 
 
