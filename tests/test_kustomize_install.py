@@ -60,7 +60,7 @@ def place(tmp_path: Path) -> Place:
 def test_operators_come_first_and_each_is_waited_for(place: Place) -> None:
     done, asked = place.install("eks")
     assert (done.returncode, asked) == (0, [*KUBERAY, *KUEUE, *EKS])
-    assert "launch doctor --cluster vision --namespace raylaunch" in done.stdout
+    assert "launch doctor --cluster gpu-pool --namespace raylaunch" in done.stdout
 
 
 def test_a_pool_without_a_queue_gets_no_kueue(place: Place) -> None:
