@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
+import shutil
+import subprocess
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.pools import manifests
 from tests.pools.manifests import CASES
-from tests.rendered import OVERLAYS, PODS, Object, objects, one, templates
+from tests.rendered import K8S, OVERLAYS, PODS, Object, objects, one, templates, text
 from tests.test_pod_security import violations
 
 every_overlay = pytest.mark.parametrize("overlay", OVERLAYS)
@@ -74,6 +78,43 @@ def test_nothing_secret_is_in_plain_text() -> None:
     for name, template in pods():
         for container in template["spec"]["containers"]:
             assert not [item for item in container.get("env", []) if re.search("KEY|TOKEN|SECRET", item["name"])], name
+
+
+# -- what a linter for security says (checkov; no part of what is installed for tests, for it brings 100 packages)
+
+SCALER, PLUGIN, IMAGE = (
+    "Deployment.kube-system.cluster-autoscaler",
+    "DaemonSet.kube-system.nvidia-device-plugin",
+    "image",
+)
+OBJECTIONS = {
+    ("CKV_K8S_11", SCALER): "a limit on cores makes it slow when it matters, and its requests are set",
+    ("CKV_K8S_11", PLUGIN): "as above",
+    ("CKV_K8S_38", SCALER): "it works through the API server",
+    ("CKV_K8S_23", PLUGIN): "see EXCEPTIONS",
+    ("CKV_K8S_40", PLUGIN): "see EXCEPTIONS",
+    ("CKV_K8S_22", PLUGIN): "as its maker ships it",
+    ("CKV_K8S_8", PLUGIN): "it has no port to ask; the kubelet notices when its socket is gone",
+    ("CKV_K8S_9", PLUGIN): "nobody sends it requests",
+    ("CKV_DOCKER_2", IMAGE): "probes are KubeRay's, and other for a head than for a worker",
+    ("CKV_DOCKER_7", IMAGE): "the base is pinned by digest, in an argument that checkov does not look into",
+}
+
+
+@pytest.mark.slow
+def test_checkov_objects_to_nothing_but_this(tmp_path: Path) -> None:
+    if shutil.which("checkov") is None:
+        pytest.skip("checkov is not on this machine")
+    found = set()
+    for overlay in OVERLAYS:
+        (tmp_path / f"{overlay}.yaml").write_text(text(overlay))
+    for framework, place in (("kubernetes", tmp_path), ("dockerfile", K8S / "image")):
+        words = ["checkov", "--framework", framework, "-d", str(place), "-o", "json", "--skip-download"]
+        said = json.loads(subprocess.run(words, capture_output=True, text=True, timeout=300, check=False).stdout)
+        assert said["summary"]["passed"] > 100
+        found |= {(item["check_id"], IMAGE if framework == "dockerfile" else item["resource"])
+                  for item in said["results"]["failed_checks"]}  # fmt: skip
+    assert found == OBJECTIONS.keys()
 
 
 # -- rights
@@ -144,6 +185,6 @@ def test_a_rule_that_is_looser_is_noticed(case: str) -> None:
     assert too_much(rule)
 
 
-@pytest.mark.parametrize("text", ["AKIAIOSFODNN7EXAMPLE", "password: x", "token=abc", "-----BEGIN RSA KEY"])
-def test_a_secret_in_plain_text_is_noticed(text: str) -> None:
-    assert SECRETS.search(f"some {text} here")
+@pytest.mark.parametrize("secret", ["AKIAIOSFODNN7EXAMPLE", "password: x", "token=abc", "-----BEGIN RSA KEY"])
+def test_a_secret_in_plain_text_is_noticed(secret: str) -> None:
+    assert SECRETS.search(f"some {secret} here")
