@@ -1,4 +1,4 @@
-"""k8s/install.sh installs in the order that works and waits for each part, or says what is missing before it begins."""
+"""What is rendered can be applied, and k8s/install.sh does so in the order that works, and waits for each part."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.rendered import K8S, SITE
+from tests.kube.apiserver import ApiServer
+from tests.rendered import K8S, OVERLAYS, SITE, objects, text
 
 KUBERAY = [
     "apply --server-side -k operators/kuberay",
@@ -23,6 +24,30 @@ KUEUE = [
 ]
 EKS = ["apply --server-side -k overlays/eks",
        "--namespace kube-system rollout status deployment/cluster-autoscaler --timeout=10m"]  # fmt: skip
+
+
+def _apply(api: ApiServer, folder: Path, overlay: str) -> subprocess.CompletedProcess[str]:
+    """As the real kubectl does it, to an emulated API server."""
+    file, kubeconfig = folder / "objects.yaml", api.kubeconfig(folder, namespace="default")
+    file.write_text(text(overlay))
+    words = ["kubectl", "--kubeconfig", str(kubeconfig), "apply", "--server-side", "-f", str(file)]
+    return subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_everything_is_applied_in_one_go_and_again_without_harm(overlay: str, api: ApiServer, tmp_path: Path) -> None:
+    api.kueue_installed = True
+    for _ in range(2):
+        done = _apply(api, tmp_path, overlay)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert len(done.stdout.splitlines()) == len(objects(overlay))
+
+
+def test_a_queue_before_kueue_is_refused(api: ApiServer, tmp_path: Path) -> None:
+    """Why operators come first."""
+    done = _apply(api, tmp_path, "eks")
+    assert done.returncode != 0
+    assert "could not find the requested resource" in done.stderr
 
 
 class Place:
