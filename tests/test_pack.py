@@ -149,7 +149,9 @@ def test_other_readers_of_the_layout_find_whole_samples_with_their_origin(tmp_pa
     keys = set()
     for name in made.plan:
         with tarfile.open(tmp_path / "pack" / name) as tar:
-            members = tar.getmembers()
+            *members, last = tar.getmembers()
+            assert last.name.startswith("__")
+            assert last.name.endswith("__")  # which WebDataset passes over
             assert len(members) == 2 * len(made.plan[name])
             for image, about in zip(members[::2], members[1::2], strict=True):
                 assert image.name.isascii()
@@ -191,6 +193,39 @@ def test_the_seed_changes_the_order_and_nothing_else(tmp_path: Path) -> None:
     one, other = (packed(source, str(tmp_path / f"pack-{seed}"), seed=seed) for seed in (0, 1))
     assert [one.plan[name].tolist() for name in one.plan] != [other.plan[name].tolist() for name in other.plan]
     assert trained(build_index(Data(uri=one.uri))) == trained(build_index(Data(uri=other.uri)))
+
+
+def test_its_own_list_of_contents_says_what_its_headers_say(place: str) -> None:
+    source = build_index(Data(uri=class_folders(f"{place}/source")))
+    made = packed(source, f"{place}/pack")
+    listed = build_index(Data(uri=made.uri))
+    fill(f"{place}/copy", {name: data for name, data in files(made.uri).items() if name != "pack.json"})
+    scanned = build_index(Data(uri=f"{place}/copy"))
+    ours = ["key", "object", "offset", "size", "label", "split", "weight"]
+    assert listed.table.select(ours) == scanned.table.select(ours)
+
+
+@pytest.mark.parametrize("count", [30, 1500])
+def test_a_pack_is_listed_by_its_ends_alone(bucket: str, tmp_path: Path, count: int) -> None:
+    members = samples(0, count, image=noise(0, 2_000_000 // count))
+    source = build_index(Data(uri=fill(str(tmp_path / "source"), {"0.tar": shard(members)})))
+    made = packed(source, f"{bucket}/pack")
+    sizes: list[int] = []
+    s3_client().meta.events.register(
+        "after-call.s3.GetObject", lambda parsed, **_: sizes.append(parsed.get("ContentLength", 0))
+    )
+    assert len(build_index(Data(uri=made.uri)).table) == count
+    assert len([size for size in sizes if size > 1]) <= 2 * len(made.plan)
+
+
+def test_damage_to_its_list_of_contents_costs_only_time(tmp_path: Path) -> None:
+    source = build_index(Data(uri=class_folders(str(tmp_path / "source"))))
+    made = packed(source, str(tmp_path / "pack"))
+    for name in made.plan:
+        data = made.store.read(name)
+        at = data.rindex(b'{"sample"')
+        made.store.write(name, data[:at] + b"[" + data[at + 1 :])
+    assert trained(build_index(Data(uri=made.uri))) == trained(source)
 
 
 def test_its_record_is_true(place: str) -> None:

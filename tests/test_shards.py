@@ -208,7 +208,7 @@ def test_small_images_are_read_in_few_requests(bucket: str, reads: Iterator[list
     (sizes,) = reads
     data = shard(samples(0, 400, bytes(3000)))
     build_index(Data(uri=fill(bucket, {"x.tar": data})))
-    assert len(sizes) < 10
+    assert len([size for size in sizes if size]) < 8  # and some that find no list of classes, and no pack
     assert sum(sizes) < 1.1 * len(data)
 
 

@@ -33,11 +33,10 @@ from trainers.data.images import BadImage, pixels
 from trainers.data.index import SPLITS, Index
 from trainers.data.listing import few
 from trainers.data.order import permutation
-from trainers.data.shards import UNFINISHED
+from trainers.data.shards import FINISHED, UNFINISHED
 from trainers.data.source import Source
 from trainers.data.writer import HEADERS, ShardWriter, disk
 
-FINISHED = "pack.json"
 VERSION = 1
 SPAN = 8 << 20
 """Bytes of a shard that are read back at once."""

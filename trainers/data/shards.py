@@ -1,7 +1,8 @@
 """Tar shards in the layout of WebDataset: files of one sample share their name up to its first dot.
 
-Only headers and label files are read. What a shard holds is kept in the user's cache by address and ETag, so it is
-looked at once. Compressed archives are refused, for nothing can be read from their middle.
+Only headers and label files are read, and of the shards of a pack only their lists of contents. What a shard holds is
+kept in the user's cache by address and ETag, so it is looked at once. Compressed archives are refused, for nothing can
+be read from their middle.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from launcher.errors import DataError
 from launcher.storage import Entry, Store
+from trainers.data import contents
 from trainers.data.listing import IMAGE_SUFFIXES, Listing, complete, few, file_splits, suffix
 from trainers.data.ranged import Ranged
 from trainers.data.scans import once
@@ -32,8 +34,8 @@ LABEL_KEYS = ("label", "class", "cls")
 WEIGHT_KEY = "sampling_weight"
 """In a JSON file: how often to draw the image, 1 being usual."""
 MOST_LABEL_BYTES = 1 << 20
-UNFINISHED = ".packing.json"
-"""Lies beside the shards of a pack until all are there."""
+FINISHED, UNFINISHED = "pack.json", ".packing.json"
+"""What lies beside the shards of a pack once all are there, and until then."""
 _VERSION = 2
 _NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)
 _BRACES = re.compile(r"\{([^{}]*)\}")
@@ -49,14 +51,14 @@ def list_shards(store: Store, shards: list[Entry], ignored: int, val_split: str 
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    with suppress(FileNotFoundError):
-        store.read(UNFINISHED)
+    if _is_there(store, UNFINISHED):
         raise DataError("this pack is not finished", where=store.uri,
                         hint="go on with it by the same launch data pack as before")  # fmt: skip
+    look = _listed if _is_there(store, FINISHED) else _scan
     split_of = file_splits([shard.key for shard in shards], val_split, store.uri)
     used = [shard for shard in shards if split_of[shard.key] is not None]
     with ThreadPoolExecutor(min(THREADS, len(used)), thread_name_prefix="shards") as pool:
-        scans = list(pool.map(partial(once, "shards", _VERSION, store, look=_scan), used))
+        scans = list(pool.map(partial(once, "shards", _VERSION, store, look=look), used))
     names = _class_names(store)
     parts: list[pa.Table] = []
     samples: dict[str, list[tuple[str, pa.ChunkedArray]]] = {}
@@ -102,7 +104,24 @@ def compressed(where: str, names: Iterable[str]) -> DataError:
                      hint="images are compressed already; repack them as .tar: gunzip *.tar.gz")  # fmt: skip
 
 
+def _is_there(store: Store, key: str) -> bool:
+    try:
+        store.read(key, span=(0, 1))
+    except FileNotFoundError:
+        return False
+    return True
+
+
 # -- one shard
+
+
+def _listed(store: Store, shard: Entry) -> pa.Table:
+    """What `_scan` finds, from the shard's own list if it has one."""
+    with suppress(FileNotFoundError):
+        found = contents.read(store, shard)
+        if found is not None:
+            return found
+    return _scan(store, shard)
 
 
 def _scan(store: Store, shard: Entry) -> pa.Table:

@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 from launcher.errors import SiteError
+from trainers.data import contents
 from trainers.data.listing import IMAGE_SUFFIXES, suffix
 from trainers.data.shards import WEIGHT_KEY
 
 HEADERS = 3 * tarfile.BLOCKSIZE
-"""Bytes that an image takes beside its own: its header, and a small JSON file with its header."""
+"""Bytes that an image takes beside its own, about: its header, and a small JSON file with its header."""
 _MAGIC = {b"\xff\xd8": "jpg", b"\x89PNG": "png", b"RIFF": "webp", b"BM": "bmp", b"II": "tif", b"MM": "tif",
           b"GIF8": "gif"}  # fmt: skip
 
@@ -43,6 +44,7 @@ class ShardWriter:
         with disk(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(path, "wb")  # noqa: SIM115 - closed by the context
+        self._rows: list[tuple[str, str, int, int, str, float | None]] = []
         self._summed = _Summed(self._file)
         self._tar = tarfile.open(fileobj=self._summed, mode="w", format=tarfile.USTAR_FORMAT)  # type: ignore[call-overload]  # noqa: SIM115
 
@@ -62,14 +64,19 @@ class ShardWriter:
         # For people; without the dots that would end a sample's name.
         stem = re.sub(r"[^A-Za-z0-9_-]+", "_", key.rpartition("/")[2].rpartition(".")[0])[:60]
         name = f"{number:08d}-{stem}".rstrip("-_")
-        for end, content in ((_kind(key, data), data), ("json", json.dumps(about).encode())):
-            member = tarfile.TarInfo(f"{name}.{end}")
-            member.size = len(content)
-            with disk(self.path):
-                self._tar.addfile(member, io.BytesIO(content))
-        self._tar.members.clear()  # they would hold all headers of the shard
+        image = f"{name}.{_kind(key, data)}"
+        self._rows.append((name, image, self._tar.offset + tarfile.BLOCKSIZE, len(data), label, weight))
+        with disk(self.path):
+            self._file_of(image, data)
+            self._file_of(f"{name}.json", json.dumps(about).encode())
         self.images += 1
         self.bytes += len(data)
+
+    def _file_of(self, name: str, content: bytes | memoryview) -> None:
+        member = tarfile.TarInfo(name)
+        member.size = len(content)
+        self._tar.addfile(member, io.BytesIO(content))
+        self._tar.members.clear()  # they would hold all headers of the shard
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -81,6 +88,7 @@ class ShardWriter:
             self.path.unlink(missing_ok=True)
             return
         with disk(self.path), self._file:
+            self._file_of(contents.NAME, contents.written(self._rows))
             self._tar.close()
             self._file.flush()
             os.fsync(self._file.fileno())
