@@ -105,8 +105,8 @@ class Cache:
 
     # -- for views
 
-    def append(self, record: bytes, data: memoryview, shape: tuple[int, int]) -> tuple[str, Entries] | None:
-        """Adds a record: its segment and entry, or None if it is not kept."""
+    def append(self, record: bytes, data: memoryview, shape: tuple[int, int]) -> tuple[str, Entries, int] | None:
+        """Adds a record: its segment, its entry and how many are before that, or None if it is not kept."""
         if not self.keeping or len(data) > self._segment_size:
             return None
         writer = None
@@ -121,8 +121,7 @@ class Cache:
             writer.fill(data, offset)
             entry = segments.new_entry(record, offset, len(data), shape, xxh3_64_intdigest(data))
             with self._lock:
-                writer.enter(entry)
-                return writer.name, entry
+                return writer.name, entry, writer.enter(entry)
         except OSError as error:
             with self._lock:
                 # What was reserved stays a gap.
@@ -291,8 +290,18 @@ class View:
         found = self._cache.append(self._ids[row], memoryview(cast("Buffer", data)).cast("B"), shape)
         if found is None:
             return False
+        name, entry, place = found
         with self._lock:
-            self._learn(*found)
+            if name not in self._seen:
+                self._seen.add(name)
+                self._growing[name] = 0
+            if self._growing.get(name) == place:
+                self._growing[name] += 1  # `refresh` need not read what is known here
+            number = None if self._twins else self._cache.use(name)
+            if number is None:
+                self._learn(name, entry)
+            elif self._segment[row] < 0:
+                self._note(slice(row, row + 1), entry, number)
         return True
 
     def claim(self, row: int) -> AbstractContextManager[None]:
@@ -345,7 +354,9 @@ class View:
             entries = np.repeat(entries, counts)
             rows = self._order[np.repeat(first - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())]
         new = self._segment[rows] < 0
-        entries, rows = entries[new], rows[new]
+        self._note(rows[new], entries[new], number)
+
+    def _note(self, rows: Rows | slice, entries: Entries, number: int) -> None:
         self._offset[rows] = entries["offset"]
         self._length[rows] = entries["length"]
         self._shape[rows, 0] = entries["height"]

@@ -199,12 +199,13 @@ class Writer:
             written = os.pwrite(self._data, data, offset)
             data, offset = data[written:], offset + written
 
-    def enter(self, entry: Entries | None) -> None:
-        """Makes a record known that is filled, or gives one up."""
+    def enter(self, entry: Entries) -> int:
+        """Makes a record known that is filled; returns how many entries are before its own."""
         self._pending -= 1
-        if entry is not None:
-            self._append(entry)
+        self._append(entry)
+        place = self._count - 1
         self._seal()
+        return place
 
     def close(self) -> None:
         """Ends the segment: nobody will add to it again."""
