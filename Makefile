@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo demo-cluster test test-slow lint clean
+.PHONY: setup demo demo-cluster test test-slow lint lint-terraform clean
 
 # The stamp is newer than the pins as long as nothing has to be installed.
 setup: .venv/.installed
@@ -30,6 +30,15 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# What a security linter has against terraform/; what it may have is written beside what it is about.
+lint-terraform: .venv/checkov/.installed
+	.venv/checkov/bin/checkov --directory terraform --framework terraform --skip-download --compact --quiet
+
+.venv/checkov/.installed: terraform/checkov-requirements.txt | setup
+	$(PYTHON) -m venv .venv/checkov
+	.venv/checkov/bin/pip install --quiet --disable-pip-version-check --requirement $<
+	touch $@
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
