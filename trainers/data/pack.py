@@ -93,7 +93,8 @@ class Pack:
         self.index, self.options = index, options
         self.store = open_store(uri)
         self.uri = self.store.uri
-        self.plan = _plan(index, options)
+        self._footprints = _footprints(index)
+        self.plan = _plan(index, self._footprints, options)
         self.done: dict[str, Shard] = {}
         self.finished = False
         self._workspace = cache_folder() / "packing" / hashlib.sha256(self.uri.encode()).hexdigest()[:32]
@@ -106,8 +107,7 @@ class Pack:
 
     def expected(self, names: list[str]) -> int:
         """Bytes that some shards will have, nearly: the sizes in an index may be estimates."""
-        footprints = _footprints(self.index)
-        return sum(int(footprints[self.plan[name]].sum()) for name in names)
+        return sum(int(self._footprints[self.plan[name]].sum()) for name in names)
 
     def document(self) -> dict[str, Any]:
         """What `pack.json` holds."""
@@ -323,10 +323,10 @@ class Pack:
             yield
 
 
-def _plan(index: Index, options: Options) -> dict[str, Rows]:
+def _plan(index: Index, footprints: Rows, options: Options) -> dict[str, Rows]:
     """The rows of each shard by its name; the shards of a split are about equally large."""
     plan: dict[str, Rows] = {}
-    footprints, most = _footprints(index), options.shard_mb << 20
+    most = options.shard_mb << 20
     for number, split in enumerate(SPLITS):
         rows = index.rows(split)
         if not len(rows):
