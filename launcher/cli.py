@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from launcher import __version__, datasets, manage, operate
+from launcher import __version__, bench_data, datasets, manage, operate
 from launcher.errors import Exit, LaunchError, SiteError, UserError, closest, printable
 from launcher.where import Where, where_options
 
@@ -391,5 +391,5 @@ def schema() -> None:
     click.echo(json.dumps(Spec.model_json_schema(), indent=1))
 
 
-for _command in (*manage.COMMANDS, *datasets.COMMANDS, *operate.COMMANDS):
+for _command in (*manage.COMMANDS, *datasets.COMMANDS, *bench_data.COMMANDS, *operate.COMMANDS):
     main.add_command(_command)

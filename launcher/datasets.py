@@ -38,7 +38,8 @@ def _data_options(command: Callable[..., Any]) -> Callable[..., Any]:
     )(command)  # fmt: skip
 
 
-def _index(uri: str, val_fraction: float, val_split: str | None) -> Index:
+def index_of(uri: str, val_fraction: float = 0.2, val_split: str | None = None) -> Index:
+    """The index of the data that a person named."""
     from launcher.preflight import whole
     from launcher.spec import Data
     from trainers.data.index import build_index
@@ -47,7 +48,8 @@ def _index(uri: str, val_fraction: float, val_split: str | None) -> Index:
 
 
 @contextmanager
-def _train_extra(hint: str) -> Iterator[None]:
+def train_extra(hint: str = "") -> Iterator[None]:
+    """Says what to install where an import fails."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -65,12 +67,12 @@ def stats(uri: str, sample: int, every: bool, val_fraction: float, val_split: st
 
     URI is what --data takes. All images are counted, and some are decoded (--sample 0: none).
     """
-    index = _index(uri, val_fraction, val_split)
+    index = index_of(uri, val_fraction, val_split)
     from trainers.data.stats import contents, summary
 
     document = summary(index)
     if every or sample:
-        with _train_extra(", or --sample 0"):
+        with train_extra(", or --sample 0"):
             document["contents"] = contents(index, None if every else sample)
     if output == "json":
         click.echo(json.dumps(document, indent=1))
@@ -172,8 +174,8 @@ def pack(
     from launcher.preflight import whole
 
     _check_apart(whole(src), whole(dst))
-    index = _index(src, val_fraction, val_split)
-    with _train_extra(""):
+    index = index_of(src, val_fraction, val_split)
+    with train_extra(""):
         from trainers.data.pack import Options, Pack
 
         made = Pack(index, whole(dst), Options(shard_mb, seed, check))

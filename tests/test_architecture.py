@@ -32,6 +32,7 @@ ORDER = (
     ("where",),
     ("manage",),
     ("operate", "datasets"),
+    ("bench_data",),
     ("cli",),
     ("__main__",),
 )
@@ -40,7 +41,7 @@ ORDER = (
 CLIENT = "launcher.cluster"
 """The one module that knows the Kubernetes client, in its functions."""
 
-REACH_TRAINERS = {"launcher.manage", "launcher.preflight", "launcher.datasets"}
+REACH_TRAINERS = {"launcher.manage", "launcher.preflight", "launcher.datasets", "launcher.bench_data"}
 """Where the control plane calls the data plane: for the index, the report, `predict` and `data`, inside functions."""
 
 SHARED = {"errors", "section", "space", "spec", "sweeps", "runs", "storage", "journal", "s3", "catalog", "__init__"}

@@ -23,6 +23,9 @@ from trainers.data.source import Source, default_cache
 FORMAT = "rgb8-1"
 """How pixels are made and laid out; another name where the result of the same file and rule changes."""
 
+STORE = "pixels"
+"""Its place in the folder of the node's caches."""
+
 
 @dataclass
 class Taken:
@@ -46,8 +49,7 @@ class Decoded:
         source: of the files.
         reduction: how far images may shrink when they are decoded.
         folder: of the node's caches; `default_cache()` if None.
-        budget: bytes that the store may take on the disk; 0 keeps no pixels; if None a quarter of the disk, and no more
-            than half of the memory, beyond which reading pixels is no faster than decoding.
+        budget: bytes that the store may take on the disk; 0 keeps no pixels; `default_budget(folder)` if None.
 
     Attributes:
         bad: row and reason of each unreadable image met so far.
@@ -60,14 +62,18 @@ class Decoded:
         self.counts = source.counts
         self.bad: dict[int, str] = {}
         self._reduction = reduction
-        folder = (folder or default_cache()) / "pixels"
-        self._cache = Cache(folder, min(room(folder) // 4, _memory() // 2) if budget is None else budget)
+        folder = folder or default_cache()
+        self._cache = Cache(folder / STORE, default_budget(folder) if budget is None else budget)
         rule = hashlib.blake2b(f"{FORMAT} {reduction.name}".encode(), digest_size=16).digest()
         self._view = self._cache.view(source.index.ids ^ np.frombuffer(rule, np.uint8))
 
     def absent(self, rows: Rows) -> Rows:
         """Those of the rows whose pixels are not in the store, as far as is known without looking."""
         return rows[~self._view.held(rows)]
+
+    def bytes_held(self) -> int:
+        """Bytes on the disk that the store has now, for all who use it."""
+        return self._cache.held()
 
     def refresh(self) -> None:
         """Learns what other processes have put into the store."""
@@ -110,6 +116,14 @@ class Decoded:
         taken.addresses[place], taken.shapes[place] = image.ctypes.data, image.shape[:2]
         taken.decoded.append(image)
         self._view.put(row, image, (image.shape[0], image.shape[1]))
+
+
+def default_budget(folder: Path) -> int:
+    """Bytes for the store in a folder of caches: a quarter of its disk, and no more than half of the memory.
+
+    What is read from the disk each time is hardly there faster than it is decoded.
+    """
+    return min(room(folder / STORE) // 4, _memory() // 2)
 
 
 def _memory() -> int:
