@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from launcher.cli import main
+from launcher.s3 import s3_client
 from tests.kube.apiserver import ApiServer
 from tests.rendered import K8S, OVERLAYS, SITE, objects, text
 
@@ -48,6 +52,22 @@ def test_a_queue_before_kueue_is_refused(api: ApiServer, tmp_path: Path) -> None
     done = _apply(api, tmp_path, "eks")
     assert done.returncode != 0
     assert "could not find the requested resource" in done.stderr
+
+
+@pytest.mark.usefixtures("s3")
+def test_doctor_finds_all_that_was_applied(api: ApiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    api.kueue_installed = True
+    assert _apply(api, tmp_path, "eks").returncode == 0
+    s3_client().create_bucket(Bucket="gpu-pool-runs-123456789012")
+    monkeypatch.setenv("KUBECONFIG", str(api.kubeconfig(tmp_path, namespace="raylaunch")))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    said = CliRunner().invoke(main, ["doctor", "--cluster", "gpu-pool", "-o", "json"])
+    checks = json.loads(said.stdout)
+    assert [check for check in checks if not check["ok"]] == []
+    assert [check["name"] for check in checks] == [
+        "cluster", "permissions", "kuberay", "image", "service account", "queue", "storage", "gpus", "autoscaler",
+        "device plugin", "network", "pod security",
+    ]  # fmt: skip
 
 
 class Place:
