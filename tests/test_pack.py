@@ -108,6 +108,7 @@ def test_a_pack_is_trained_as_its_source_is(place: str) -> None:
     made = packed(source, f"{place}/pack")
     again = build_index(Data(uri=made.uri))
     assert again.classes == source.classes
+    assert again.ignored == 0
     assert trained(again) == trained(source)
     assert len(again.table) == 30
     assert len(made.plan) >= 3

@@ -54,7 +54,9 @@ def list_shards(store: Store, shards: list[Entry], ignored: int, val_split: str 
     if _is_there(store, UNFINISHED):
         raise DataError("this pack is not finished", where=store.uri,
                         hint="go on with it by the same launch data pack as before")  # fmt: skip
-    look = _listed if _is_there(store, FINISHED) else _scan
+    look = _scan
+    if _is_there(store, FINISHED):
+        look, ignored = _listed, max(ignored - 1, 0)  # the record of a pack is no stranger in it
     split_of = file_splits([shard.key for shard in shards], val_split, store.uri)
     used = [shard for shard in shards if split_of[shard.key] is not None]
     with ThreadPoolExecutor(min(THREADS, len(used)), thread_name_prefix="shards") as pool:
