@@ -7,16 +7,20 @@ import logging
 import os
 import re
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
-from launcher.errors import DataError, SiteError
+from launcher.errors import DataError, SiteError, UserError
 from launcher.s3 import forget_s3_client
 from launcher.spec import Augment, Data
 from launcher.storage import open_store
@@ -51,14 +55,14 @@ def index(tmp_path: Path) -> Index:
     return images(str(tmp_path / "data"))
 
 
-def loader(index: Index, cache: Path | None = None, **changes: int | float) -> Loader:
-    settings = {"seed": 5, "batch_size": 10, "accumulate": 1, "rank": 0, "world": 1, "threads": 2, **changes}
+def loader(index: Index, cache: Path | None = None, **changes: int | float | str) -> Loader:
+    chosen = {"seed": 5, "batch_size": 10, "accumulate": 1, "rank": 0, "world": 1, "threads": 2, **changes}
     return Loader(
         Decoded(Source(index, cache), NO_REDUCTION, cache, 0 if cache is None else BUDGET),
         training=TrainRecipe(RECIPE, SIDE),
         evaluation=EvalRecipe(SIDE, 1.0),
         augment=RECIPE,
-        **settings,  # type: ignore[arg-type]
+        **chosen,  # type: ignore[arg-type]
     )
 
 
@@ -74,6 +78,13 @@ def same_steps(one: list[Step], other: list[Step]) -> bool:
     return [(step.number, step.size, len(step.parts)) for step in one] == [
         (step.number, step.size, len(step.parts)) for step in other
     ] and all(same(a, b) for s, t in zip(one, other, strict=True) for a, b in zip(s.parts, t.parts, strict=True))
+
+
+def together(parts: list[Batch]) -> Batch:
+    images, targets, rows = (
+        torch.cat([getattr(part, name) for part in parts]) for name in ("images", "targets", "rows")
+    )
+    return Batch(images, targets, rows)
 
 
 def rows_of(steps: list[Step]) -> list[int]:
@@ -118,10 +129,7 @@ def test_ranks_together_see_the_batches_of_one(index: Index) -> None:
     ranks = [list(loader(index, rank=rank, world=3, accumulate=2).train(1)) for rank in range(3)]
     for number, step in enumerate(alone):
         parts = [part for steps in ranks for part in steps[number].parts]
-        images, targets, rows = (
-            torch.cat([getattr(part, name) for part in parts]) for name in ("images", "targets", "rows")
-        )
-        joined = Batch(images, targets, rows)
+        joined = together(parts)
         assert same(joined, step.parts[0])
 
 
@@ -202,6 +210,69 @@ def test_resume_is_exact_with_bad_images_too(index: Index) -> None:
     assert same_steps(list(loader(broken, max_bad_fraction=0.5, threads=7).train(0, 2)), whole[2:])
 
 
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    sampling=st.sampled_from(["uniform", "balanced"]), seed=st.integers(0, 2**32 - 1), epoch=st.integers(0, 2),
+    batch=st.integers(1, 20), accumulate=st.integers(1, 3), before=st.sampled_from([1, 2, 3, 8]),
+    after=st.sampled_from([1, 2, 3, 8]), stop=st.floats(0, 1),
+)  # fmt: skip
+def test_another_number_of_ranks_goes_on_with_the_same_batches(
+    index: Index,
+    sampling: str,
+    seed: int,
+    epoch: int,
+    batch: int,
+    accumulate: int,
+    before: int,
+    after: int,
+    stop: float,
+) -> None:
+    common: dict[str, Any] = {"seed": seed, "batch_size": batch, "accumulate": accumulate}
+    alone = list(loader(index, sampling=sampling, **common).train(epoch))
+    first = round(stop * len(alone))
+
+    def seen(world: int, start: int, end: int) -> list[Batch]:
+        ranks = [
+            list(loader(index, sampling=sampling, rank=rank, world=world, **common).train(epoch, start))[: end - start]
+            for rank in range(world)
+        ]
+        return [together([part for steps in ranks for part in steps[at].parts]) for at in range(end - start)]
+
+    joined = [*seen(before, 0, first), *seen(after, first, len(alone))]
+    assert all(same(found, together(step.parts)) for found, step in zip(joined, alone, strict=True))
+    if sampling == "uniform":
+        assert sorted(row for found in joined for row in found.rows.tolist()) == index.rows("train").tolist()
+
+
+def test_balanced_sampling_draws_each_class_as_often(tmp_path: Path) -> None:
+    data = images(str(tmp_path / "data"), classes=2, each=40)
+    for path in sorted((tmp_path / "data" / "class-1").iterdir())[4:]:
+        path.unlink()
+    data = build_index(Data(uri=data.uri))
+    drawn = np.bincount(data.targets[rows_of(list(loader(data, sampling="balanced").train(1)))])
+    assert abs(int(drawn[0]) - int(drawn[1])) <= 2
+
+
+def test_weights_that_are_not_there_are_asked_for(index: Index) -> None:
+    with pytest.raises(UserError, match="no weights"):
+        loader(index, sampling="weighted")
+
+
+def test_a_sample_drawn_twice_is_cropped_and_changed_anew(tmp_path: Path) -> None:
+    data = images(str(tmp_path / "data"), classes=2, each=40)
+    for path in sorted((tmp_path / "data" / "class-1").iterdir())[4:]:
+        path.unlink()
+    data = build_index(Data(uri=data.uri))
+    keys: dict[int, list[int]] = {}
+    for step in loader(data, sampling="balanced").train(0):
+        for part in step.parts:
+            assert part.changes is not None
+            for row, key in zip(part.rows.tolist(), part.changes.keys.tolist(), strict=True):
+                keys.setdefault(row, []).append(key)
+    assert max(len(found) for found in keys.values()) > 3
+    assert all(len(found) == len(set(found)) for found in keys.values())
+
+
 def test_evaluation_leaves_bad_images_out(index: Index) -> None:
     val = index.rows("val").tolist()
     broken = damage(index, val[0], *val[4:8])
@@ -277,6 +348,21 @@ def test_each_object_is_fetched_once_per_node(bucket: str, gets: list[str], tmp_
         for rank in ranks:
             list(rank.train(epoch))
             list(rank.evaluate("val", 4))
+    assert sorted(gets) == sorted(f"data/{key}" for key in index.table["key"].to_pylist())
+
+
+@pytest.mark.slow
+def test_four_trials_of_two_workers_fetch_each_object_once(bucket: str, gets: list[str], tmp_path: Path) -> None:
+    index = images(f"{bucket}/data", each=30)
+    trials = [
+        subprocess.Popen([sys.executable, "-m", "tests.reading_trial", index.uri, str(tmp_path), str(seed)],
+                         stdout=subprocess.PIPE, text=True)
+        for seed in (1, 1, 2, 3)
+    ]  # fmt: skip
+    seen = [trial.communicate(timeout=300)[0].split() for trial in trials]
+    assert [trial.returncode for trial in trials] == [0] * 4
+    assert seen[0] == seen[1]
+    assert len({*map(tuple, seen)}) == 3
     assert sorted(gets) == sorted(f"data/{key}" for key in index.table["key"].to_pylist())
 
 

@@ -200,7 +200,7 @@ class Loader:
 
     def _absent(self, parts: list[tuple[Ints, Ints]]) -> Ints:
         self._decoded.refresh()
-        return np.concatenate([self._decoded.absent(rows) for rows, _ in parts])
+        return np.concatenate([np.empty(0, np.int64), *(self._decoded.absent(rows) for rows, _ in parts)])
 
     def _filling(
         self, rows: Ints, numbers: Ints, side: int, fill: Fill, change: Callable[[Ints], Changes | None],
