@@ -42,7 +42,7 @@ class Stack:
 
     def __init__(self, folder: Path, address: str = "", *backend: str) -> None:
         """Without `backend` the state is in a file; otherwise backend.tf.example says where, with these changes."""
-        self._folder, self._terraform, mirror = folder, *_needed()
+        self._folder, self._terraform, mirror = folder, *needed()
         not_ours = shutil.ignore_patterns(".terraform", "*.tfstate*", "terraform.tfvars", "*.auto.tfvars", "backend.tf")
         shutil.copytree(SOURCE, folder / "terraform", ignore=not_ours)
         self.root = folder / "terraform" / "aws"
@@ -79,7 +79,7 @@ def settings(example: str, **variables: Any) -> list[str]:
     return [f"-var-file=examples/{example}.tfvars", *(f"-var={key}={json.dumps(it)}" for key, it in variables.items())]
 
 
-def _needed() -> tuple[str, Path]:
+def needed() -> tuple[str, Path]:
     """Terraform and the folder that mirrors its provider; the test is skipped where one of them is not there."""
     terraform = shutil.which("terraform")
     if terraform is None:

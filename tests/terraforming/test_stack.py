@@ -62,6 +62,7 @@ def test_every_mistake_in_the_settings_is_told_in_its_own_sentence(stack: Stack)
     assert [sentence for sentence in sorted(SENTENCES) if sentence not in said] == []
 
 
+@pytest.mark.slow
 def test_machines_that_cannot_train_are_refused_by_name(stack: Stack) -> None:
     wrong: list[dict[str, Any]] = [
         {"name": kind.replace(".", "-"), "instance_type": kind, "max_nodes": 1, "spot": {}}

@@ -12,7 +12,7 @@ gpu_types = [
   { name = "a10g", instance_type = "g5.xlarge", max_nodes = 8, spot = { price_per_hour = 0.42 } },
 ]
 
-system_nodes = { count = 1, instance_type = "t3.large" } # while it is replaced nothing new starts; runs go on
+system_nodes = { count = 1 } # while it is replaced nothing new starts; runs go on
 head_nodes   = { price_per_hour = 0.21 }
 run_limits   = { max_gpus = 8, max_hours = 12 }
 cache_gib    = 60
