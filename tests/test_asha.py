@@ -42,13 +42,16 @@ class Killed(Exception):
 class Tune:
     """A sweep as Tune's controller runs it, one event after another in an order drawn by chance.
 
-    `trained` counts how often each epoch of each trial was trained.
+    `trained` counts how often each epoch of each trial was trained. With a chance of `losses` a trial's process is lost
+    instead of ending an epoch.
     """
 
-    def __init__(self, spec: Spec, curves: Curves, ledger: Ledger, chance: Random, trained: dict[Any, int]) -> None:
+    def __init__(
+        self, spec: Spec, curves: Curves, ledger: Ledger, chance: Random, trained: dict[Any, int], losses: float = 0.0
+    ) -> None:
         assert spec.sweep is not None
         self.spec, self.sweep, self.curves, self.ledger, self.chance = spec, spec.sweep, curves, ledger, chance
-        self.trained = trained
+        self.trained, self.losses = trained, losses
         self.tuned: list[Tuned] = []
         sampler = Sampler(self.sweep, ledger.objectives, 0)
         self.proposals = Proposals(spec, ledger, sampler, {}, lambda _: None)
@@ -87,10 +90,19 @@ class Tune:
                     self.mine(one).outcome = Outcome.RUNNING
             running = [one for one in self.tuned if one.status == TuneTrial.RUNNING]
             self.most = max(self.most, len(running))
-            if running:
+            if running and self.chance.random() < self.losses:
+                self.lose(self.chance.choice(running))
+            elif running:
                 told += self.epoch(self.chance.choice(running))
             if kill_after is not None and told >= kill_after:
                 raise Killed
+
+    def lose(self, tuned: Tuned) -> None:
+        """It begins again, and tells what it had told."""
+        tuned.status, self.mine(tuned).outcome = TuneTrial.PENDING, Outcome.WAITING
+        self.told[tuned.trial_id] = 0
+        self.judge.on_trial_error(self, tuned)
+        self.judge.on_trial_add(self, tuned)
 
     def epoch(self, tuned: Tuned) -> int:
         """A trial tells an epoch, which is new or not; how many new ones."""
@@ -119,7 +131,7 @@ def spec_of(trials: int, epochs: int = 9, **sweep: Any) -> Spec:
 
 
 def swept(
-    spec: Spec, curves: Curves, seed: int = 0, kills: tuple[int, ...] = ()
+    spec: Spec, curves: Curves, seed: int = 0, kills: tuple[int, ...] = (), losses: float = 0.0
 ) -> tuple[Ledger, dict[Any, int], list[int]]:
     """A sweep to its end, over drivers that are killed; its ledger, what was trained, the most trials at once."""
     ledger, trained, chance = Ledger({"top1": "max"}), dict[Any, int](), Random(seed)
@@ -128,7 +140,7 @@ def swept(
         for trial in ledger.trials:
             if not trial.outcome.final:
                 trial.outcome = Outcome.INTERRUPTED
-        tune = Tune(spec, curves, ledger, chance, trained)
+        tune = Tune(spec, curves, ledger, chance, trained, losses)
         try:
             tune.run(after)
         except Killed:
@@ -151,17 +163,17 @@ def monotone(trials: int, epochs: int, seed: int) -> Curves:
     return {number: [good + epoch / 100 for epoch in range(epochs)] for number, good in enumerate(order, 1)}
 
 
-sizes = {"trials": st.integers(1, 40), "epochs": st.integers(1, 30), "reduction": st.integers(2, 5),
+sizes = {"trials": st.integers(1, 5) | st.integers(1, 40), "epochs": st.integers(1, 30), "reduction": st.integers(2, 5),
          "at_once": st.integers(1, 6), "seed": st.integers(0, 10**6)}  # fmt: skip
 
 
 @settings(deadline=None, max_examples=60)
-@given(**sizes, kills=st.lists(st.integers(1, 60), max_size=4))
+@given(**sizes, kills=st.lists(st.integers(1, 60), max_size=4), losses=st.sampled_from([0.0, 0.1]))
 def test_a_sweep_ends_trains_nothing_twice_and_stops_whom_nothing_could_bring_further(
-    trials: int, epochs: int, reduction: int, at_once: int, seed: int, kills: list[int]
+    trials: int, epochs: int, reduction: int, at_once: int, seed: int, kills: list[int], losses: float
 ) -> None:
     spec = spec_of(trials, epochs, reduction=reduction, concurrent=min(at_once, trials))
-    ledger, trained, most = swept(spec, drawn(trials, epochs, seed), seed, tuple(kills))
+    ledger, trained, most = swept(spec, drawn(trials, epochs, seed), seed, tuple(kills), losses)
     assert [trial.number for trial in ledger.trials] == list(range(1, trials + 1))
     assert {trial.outcome for trial in ledger.trials} <= {Outcome.FINISHED, Outcome.STOPPED}
     assert set(trained.values()) <= {0, 1}, "an epoch is trained once, whatever is killed"
@@ -221,6 +233,34 @@ def test_a_trial_that_started_slowly_goes_on_once_enough_worse_ones_have_come() 
     ledger, _, _ = swept(spec_of(12, grace_epochs=1, concurrent=1), curves)
     assert ledger.ranked()[0].number == 2, "a scheduler that only stops would have lost it at epoch 1"
     assert ledger.epochs() < 0.6 * 12 * 9
+
+
+def test_whoever_waits_in_the_highest_rung_goes_first_and_new_trials_begin_when_nobody_may_go_on() -> None:
+    ledger, known = Ledger({"top1": "max"}), dict[str, Trial]()
+    asha = Asha(Sweep(trials=9, reduction=3, grace_epochs=1, concurrent=1), 9, ledger, known, lambda: 1)
+
+    def come(number: int, epoch: int, value: float) -> str:
+        tuned = Tuned(f"t{number}", TuneTrial.RUNNING)
+        known[tuned.trial_id] = Trial(number, {}, "random", epochs=[{"epoch": past} for past in range(1, epoch)])
+        asha.on_trial_add(None, tuned)
+        verdict = asha.on_trial_result(None, tuned, {"epoch": epoch, "top1": value})
+        tuned.status = TuneTrial.PAUSED if verdict == TrialScheduler.PAUSE else TuneTrial.TERMINATED
+        return verdict
+
+    assert [come(number, 3, 0.9 - number / 10) for number in (1, 2)] == [TrialScheduler.PAUSE] * 2
+    assert [come(number, 1, 0.9 - number / 10) for number in (3, 4)] == [TrialScheduler.PAUSE] * 2
+    assert asha.ready(), "of two nobody is among the best third"
+    come(5, 1, 0.0)
+    come(6, 3, 0.0)
+    assert not asha.ready()
+    for number in (1, 3):
+        chosen = asha.choose_trial_to_run(_Stops())
+        assert chosen is not None
+        assert known[chosen.trial_id].number == number
+        chosen.status = TuneTrial.RUNNING
+        assert asha.choose_trial_to_run(_Stops()) is None, "there is one place"
+        chosen.status = TuneTrial.TERMINATED
+    assert asha.ready()
 
 
 def test_a_grid_that_has_fewer_trials_than_were_asked_for_comes_to_an_end() -> None:

@@ -43,6 +43,28 @@ def test_trials_that_stop_leave_no_placement_group_and_no_core_booked(tmp_path: 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_trial_that_waited_at_a_rung_goes_on_from_its_checkpoint_once_worse_ones_have_come(
+    tmp_path: Path, workers: int
+) -> None:
+    bad, good = ({"optim.lr": lr, "augment.policy": "none"} for lr in (0.0001, 0.05))
+    sweep = new_sweep(tmp_path, optim__lr=0.0001, sweep__trials=3, sweep__points=[good, bad], sweep__concurrent=1,
+                      resources__workers=workers)  # fmt: skip
+    assert run_to_end(sweep, 550).status is Status.SUCCEEDED
+    ledger = Ledger.load(sweep)
+    begun = [event["number"] for event in Lines(sweep.store, "progress.jsonl").events() if event["event"] == "trial"]
+    assert begun == [1, 2, 3, 2]
+    assert outcomes(sweep) == [Outcome.FINISHED, Outcome.FINISHED, Outcome.STOPPED]
+    assert [len(trial.epochs) for trial in ledger.trials] == [3, 3, 1]
+    assert [epoch["epoch"] for epoch in ledger.trials[1].epochs] == [1, 2, 3]
+    assert (ledger.best, ledger.trials[2].reason) == (2, "not among the best 1 in 3 at epoch 1")
+    starts = [event["step"] for event in Lines(trial_run(sweep, 2).store, "progress.jsonl").events()
+              if event["event"] == "start"]  # fmt: skip
+    assert starts[0] == 0 < starts[1]
+    assert ledger.trials[1].seconds < sum(trial.seconds for trial in ledger.trials)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("scheduler", ["hyperband", "median"])
 def test_schedulers_that_pause_or_compare_come_to_an_end_with_a_best_trial(tmp_path: Path, scheduler: str) -> None:
     space: dict[str, Any] = {"optim.lr": {"loguniform": [0.0003, 0.3]}, "optim.label_smoothing": {"choice": [0.0, 0.1]}}
@@ -147,3 +169,24 @@ def test_a_mistake_that_every_trial_would_make_ends_the_sweep_at_once(tmp_path: 
     assert state.error is not None
     assert "cannot be read" in state.error["what"]
     assert len(Ledger.load(sweep).trials) <= 3, "it did not try them all"
+
+
+def test_a_trial_that_rests_leaves_its_state_behind_however_seldom_it_saves(tmp_path: Path) -> None:
+    from trainers.driver import Driver
+    from trainers.trial import Alone, trial_spec
+
+    sweep = new_sweep(tmp_path)
+    Driver(sweep).prepare(sweep.spec())
+    run = trial_run(sweep, 1)
+    spec = trial_spec(sweep.spec(), {"optim.lr": 0.05}, run)
+    run.write_json("spec.json", spec.model_dump(mode="json"))
+    player = Alone(run, spec, sweep.begin_attempt({}), 0)
+    assert player.epoch() is not None
+    player.trainer.saver.finish()  # type: ignore[union-attr]
+    for entry in list(run.store.list("checkpoints/")):
+        run.store.delete(entry.key)
+    assert player.rest() == 1
+    player.close()
+    again = Alone(run, spec, 1, 1)
+    assert again.trainer.step == player.trainer.step > 0
+    again.close()
