@@ -131,6 +131,6 @@ def test_the_image_is_built_and_trains(base: str) -> None:
             [K8S / "image" / "smoke.sh", image], capture_output=True, text=True, timeout=600, check=False
         )
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-        assert "result    top-1" in done.stdout
+        assert "result    top-1" in done.stderr
     finally:
         _docker("rmi", image)
