@@ -260,12 +260,13 @@ class _Rules:
                             f"{self['limits.max_hours']:g} h, without a best model", where="sweep.time_limit",
                             hint="a shorter --time-limit, or a longer --max-hours")  # fmt: skip
         epochs = self["train.epochs"]
+        all_of = count(epochs, "epoch")
         if sweep.scheduler == "pbt":
             self.choose("sweep.grace_epochs", math.ceil(epochs / 6),
-                        f"a sixth of {count(epochs, 'epoch')}: so often a trial may take over from another")  # fmt: skip
+                        f"a sixth of {all_of}: so often a trial may take over from another")  # fmt: skip
         else:
             self.choose("sweep.grace_epochs", max(epochs // 4, 1),
-                        f"a quarter of {count(epochs, 'epoch')}: sooner, what starts slowly looks bad")  # fmt: skip
+                        f"a quarter of {all_of}: sooner, what starts slowly looks bad")  # fmt: skip
         if sweep.space is None:
             space, self.searched = default_space(self.spec.updated(self.values), self.given)
             document = {key: domain.model_dump(mode="json") for key, domain in space.items()}

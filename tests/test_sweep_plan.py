@@ -278,6 +278,16 @@ def test_the_schedule_of_asha_counts_rungs_epochs_hours_and_cost() -> None:
 
 
 @pytest.mark.parametrize(
+    ("epochs", "scheduler", "grace"),
+    [(1, "asha", 1), (5, "asha", 1), (18, "asha", 4), (30, "median", 7), (1, "pbt", 1), (18, "pbt", 3)],
+)
+def test_trials_are_first_compared_at_a_quarter_of_their_epochs(epochs: int, scheduler: str, grace: int) -> None:
+    made = sweep(train__epochs=epochs, scheduler=scheduler, space=RANGE)
+    assert made.spec.sweep is not None
+    assert made.spec.sweep.grace_epochs == grace
+
+
+@pytest.mark.parametrize(
     ("asked", "expected"),
     [
         ({"scheduler": "none"}, 16 * 9), ({"scheduler": "pbt"}, 16 * 9), ({"scheduler": "median"}, None),
