@@ -26,6 +26,7 @@ from launcher.pools import Pool
 from launcher.preflight import prepare
 from launcher.runs import Run
 from launcher.specfile import Draft
+from trainers.data.counts import Counts
 from trainers.data.loader import Batch, Step
 from trainers.driver import Driver
 from trainers.guards import Team
@@ -39,6 +40,7 @@ class InMemory:
     """Stands where the loader stands: one batch, already decoded, again and again."""
 
     steps = BLOCK
+    counts = Counts()
 
     def __init__(self, batch: Batch, world: int) -> None:
         self._batch = batch

@@ -32,9 +32,9 @@ from trainers.data.bulk import DECODERS, in_order, read_each
 from trainers.data.images import BadImage, pixels
 from trainers.data.index import SPLITS, Index
 from trainers.data.listing import few
-from trainers.data.order import permutation
+from trainers.data.order import epoch_draws
 from trainers.data.shards import FINISHED, UNFINISHED
-from trainers.data.source import Source
+from trainers.data.source import Source, chunks_of
 from trainers.data.writer import HEADERS, ShardWriter, disk
 
 VERSION = 1
@@ -211,7 +211,9 @@ class Pack:
         self.store.write(name, json.dumps(self.document(), indent=1).encode())
 
     def _write(self, tell: Tell) -> None:
-        source, names = Source(self.index), self.missing
+        names = self.missing
+        # Objects of their own are read once here, and need no place in the node's cache.
+        source = Source(self.index, budget=0 if chunks_of(self.index) is None else None)
         rows = (int(row) for name in names for row in self.plan[name])
         with ExitStack() as stack:
             stack.callback(source.close)
@@ -326,12 +328,14 @@ class Pack:
 def _plan(index: Index, footprints: Rows, options: Options) -> dict[str, Rows]:
     """The rows of each shard by its name; the shards of a split are about equally large."""
     plan: dict[str, Rows] = {}
+    # What lies in large objects is read from one end to the other, and mixed as far as a window reaches.
+    chunks = chunks_of(index)
     most = options.shard_mb << 20
     for number, split in enumerate(SPLITS):
         rows = index.rows(split)
         if not len(rows):
             continue
-        rows = rows[permutation(options.seed, number, len(rows))]
+        rows = rows[epoch_draws(options.seed, number, len(rows), chunks=None if chunks is None else chunks[rows])]
         ends = np.cumsum(footprints[rows])
         each = -(-int(ends[-1]) // -(-int(ends[-1]) // most))
         shard = np.unique((ends - footprints[rows]) // each, return_inverse=True)[1]

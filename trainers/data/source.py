@@ -131,23 +131,8 @@ class Source:
 
     @cached_property
     def chunks(self) -> Rows | None:
-        """Number of the part of the data that each row is best read with, int64 [n]; None if no object is shared.
-
-        A part is what is fetched by one request: an image that is an object by itself, about `CHUNK` bytes of one that
-        holds many, or a row group of a Parquet file. It depends on the index alone.
-        """
-        import pyarrow.compute as pc
-
-        holder = self.index.table["object"].combine_chunks()
-        if holder.null_count == len(holder):
-            return None
-        shared = np.asarray(pc.is_valid(holder).to_numpy(zero_copy_only=False))
-        part = -1 - np.arange(len(holder))
-        number = pc.fill_null(holder.dictionary_encode().indices, 0).to_numpy(zero_copy_only=False).astype(np.int64)
-        offset = self.index.table["offset"].to_numpy()
-        within = np.where(self._parquet, group_of(offset)[0], offset // CHUNK)
-        part[shared] = number[shared] << 40 | within[shared]
-        return np.unique(part, return_inverse=True)[1].astype(np.int64)
+        """As `chunks_of(index)`."""
+        return chunks_of(self.index)
 
     # -- what is on its way
 
@@ -190,8 +175,10 @@ class Source:
             first, last = np.searchsorted(self._by_chunk[1], [number, number + 1])
             rows = self._by_chunk[0][first:last]
             absent = rows[~self._view.held(rows)]
-            together = self._parquet[rows[0]] or 2 * len(absent) > len(rows)
-            yield from [absent] if together else absent[np.isin(absent, wanted)][:, None]
+            if len(absent) and (self._parquet[rows[0]] or 2 * len(absent) > len(rows)):
+                yield absent
+            else:
+                yield from absent[np.isin(absent, wanted)][:, None]
 
     @cached_property
     def _by_chunk(self) -> tuple[Rows, Rows]:
@@ -274,6 +261,26 @@ class Source:
 
             folder = materialise(uri.removeprefix("sample://"))
         return self._stores.setdefault(uri, open_store(folder))
+
+
+def chunks_of(index: Index) -> Rows | None:
+    """Number of the part of the data that each row is best read with, int64 [n]; None if no object is shared.
+
+    A part is what is fetched by one request: an image that is an object by itself, about `CHUNK` bytes of one that
+    holds many, or a row group of a Parquet file. It depends on the index alone.
+    """
+    import pyarrow.compute as pc
+
+    holder = index.table["object"].combine_chunks()
+    if holder.null_count == len(holder):
+        return None
+    shared = np.asarray(pc.is_valid(holder).to_numpy(zero_copy_only=False))
+    part = -1 - np.arange(len(holder))
+    number = pc.fill_null(holder.dictionary_encode().indices, 0).to_numpy(zero_copy_only=False).astype(np.int64)
+    offset = index.table["offset"].to_numpy()
+    within = np.where(_parquet(index), group_of(offset)[0], offset // CHUNK)
+    part[shared] = number[shared] << 40 | within[shared]
+    return np.unique(part, return_inverse=True)[1].astype(np.int64)
 
 
 class _Gate:
