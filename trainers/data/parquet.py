@@ -7,7 +7,6 @@ classes are those that the file's own schema gives. What reads the bytes of a ro
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +20,7 @@ import numpy.typing as npt
 from launcher.errors import DataError
 from launcher.storage import Entry, Store, open_store
 from trainers.data.listing import Listing, complete, few, file_splits
-from trainers.data.ranged import Ranged
+from trainers.data.ranged import Ranged, Seekable
 from trainers.data.scans import once
 
 if TYPE_CHECKING:
@@ -149,14 +148,13 @@ def group_of(offset: Offset) -> tuple[Offset, Offset]:
 # -- one file
 
 
-class _Window(io.RawIOBase):
+class _Window(Seekable):
     """A file of which only a part is there."""
 
     def __init__(self, data: bytes | memoryview, start: int, size: int) -> None:
+        super().__init__(size)
         self._data = memoryview(data)
         self._start = start
-        self._size = size
-        self._place = 0
 
     def read(self, size: int = -1) -> bytes:
         first = self._place - self._start
@@ -164,19 +162,6 @@ class _Window(io.RawIOBase):
             raise ValueError("the row group reaches out of its part of the file")
         self._place += size
         return bytes(self._data[first : first + size])
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._place = {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._size}[whence] + offset
-        return self._place
-
-    def tell(self) -> int:
-        return self._place
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
 
 
 def _entry(store: Store, key: str) -> Entry | None:
