@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import launcher
+from tests.terraforming.policy import RULES, resources
 from tests.terraforming.stack import ROOT, SOURCE, Stack, settings
 
 
@@ -88,5 +89,6 @@ def test_the_stack_speaks_of_the_versions_there_are() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("example", ["spot", "team"])
-def test_every_example_can_be_planned(stack: Stack, example: str) -> None:
-    assert stack.plan(example)["errored"] is False
+def test_every_example_can_be_planned_and_keeps_the_rules(stack: Stack, example: str) -> None:
+    planned = resources(stack.plan(example))
+    assert {name: wrong for name, rule in RULES.items() if (wrong := list(rule(planned)))} == {}
