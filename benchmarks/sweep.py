@@ -45,17 +45,18 @@ COMMON = {
 
 
 def trained(storage: str, name: str, settings: dict[str, Any]) -> Run:
-    """A run or a sweep, carried out to its end as `launch` does it, unless it has been before."""
+    """A run or a sweep, carried out to its end as `launch` does it; one that was cut off goes on."""
     run = Run(storage, name)
     if run.exists() and run.state().status is Status.SUCCEEDED:
         return run
-    draft = Draft()
-    for key, value in {**COMMON, "name": name, "storage": storage, **settings}.items():
-        draft.put(key, value, "benchmark")
-    plan, index = prepare(draft, Pool("local", cpus=2, memory=8 << 30))
-    run.create(plan.spec, plan.to_json())
-    if index is not None:
-        index.save(run.store)
+    if not run.exists():
+        draft = Draft()
+        for key, value in {**COMMON, "name": name, "storage": storage, **settings}.items():
+            draft.put(key, value, "benchmark")
+        plan, index = prepare(draft, Pool("local", cpus=2, memory=8 << 30))
+        run.create(plan.spec, plan.to_json())
+        if index is not None:
+            index.save(run.store)
     local = backend(find_pool("local"))
     local.submit(run)
     while run.owner() is not None:
