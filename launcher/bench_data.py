@@ -34,7 +34,7 @@ def bench_data(
 ) -> None:  # fmt: skip
     """Measure how fast this node reads a data set, and whether that feeds its GPUs.
 
-    URI is what --data takes. A part of it is fetched, decoded and cropped as in a run, in caches that are removed again.
+    URI is what --data takes. A part of it is fetched, decoded and cropped as in a run, in caches that go afterwards.
     """
     index = index_of(uri)
     with train_extra():

@@ -188,8 +188,10 @@ def test_images_that_a_local_manifest_has_on_s3_count_as_on_s3(
 
 def test_the_page_says_all_in_words(tmp_path: Path) -> None:
     text = launch(fill(str(tmp_path / "data"), MIXED), "--all").stdout
-    for words in ("8 in 2 classes", "1 other file", "6 train, 2 val", "4 JPEG", "turned by EXIF 16.7%",
-                  "train/dog/e.gif: ", "1 image with the content of another", "does not pay", "cat    3      1"):  # fmt: skip
+    for words in (
+        "8 in 2 classes", "1 other file", "6 train, 2 val", "4 JPEG", "turned by EXIF 16.7%", "train/dog/e.gif: ",
+        "1 image with the content of another", "does not pay", "cat    3      1",
+    ):  # fmt: skip
         assert words in text
 
 
