@@ -118,11 +118,13 @@ def asha(storage: str, seeds: int = 3) -> None:
             print(f"seed {seed}: {name:<13} {max(values):.2%} of {images} images in {len(values)} epochs "
                   f"({load()})", flush=True)  # fmt: skip
         (goal, whole), (best, values) = found.values()
-        early = round(max(whole[: len(values)]) * images)
         shares.append(f"{len(values) / len(whole):.3f}")
         lost.append(str(goal - best))
-        print(f"        {shares[-1]} of the epochs, {lost[-1]} images less than random search has at its end, "
-              f"{early - best} less than it has after as many epochs", flush=True)  # fmt: skip
+        reached = next((at for at, value in enumerate(values, 1) if round(value * images) >= goal), None)
+        after = f"after {reached} epochs, {reached / len(whole):.3f} of them" if reached else "never"
+        early = round(max(whole[: len(values)]) * images)
+        print(f"        {shares[-1]} of the epochs; {lost[-1]} images less than random search has at its end, which is "
+              f"reached {after}; random search has {early} images after as many epochs", flush=True)  # fmt: skip
     print(f"epochs of ASHA over those of random search: {', '.join(shares)}    (bar 0.5)")
     print(f"images less than its best: {', '.join(lost)} of {images}    (bar 0)")
 
