@@ -193,7 +193,7 @@ class Source:
         return sizes
 
     def _fetch(self, rows: Rows) -> dict[int, Data]:
-        """Gets the files of some rows of one chunk, unless they are here; returns those that are not kept."""
+        """Gets the files of some rows of one chunk, unless they are here; returns at least those that are not kept."""
         assert self._view is not None
         if not self._cache.keeping:
             return self._get(rows)
@@ -206,7 +206,9 @@ class Source:
             if not len(rows):
                 return {}
             came = self._get(rows)
-            return {row: data for row, data in came.items() if not self._view.put(row, data)}
+            kept = {row for row, data in came.items() if self._view.put(row, data)}
+        # One alone is about to be used, and need not be looked up; of many, what is kept would only take memory.
+        return came if len(rows) == 1 else {row: data for row, data in came.items() if row not in kept}
 
     def _get(self, rows: Rows) -> dict[int, Data]:
         """The files of some rows of one chunk, by one request."""
