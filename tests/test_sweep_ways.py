@@ -47,9 +47,9 @@ def test_trials_that_stop_leave_no_placement_group_and_no_core_booked(tmp_path: 
 def test_a_trial_that_waited_at_a_rung_goes_on_from_its_checkpoint_once_worse_ones_have_come(
     tmp_path: Path, workers: int
 ) -> None:
-    bad, good = ({"optim.lr": lr, "augment.policy": "none"} for lr in (0.0001, 0.05))
-    sweep = new_sweep(tmp_path, optim__lr=0.0001, sweep__trials=3, sweep__points=[good, bad], sweep__concurrent=1,
-                      resources__workers=workers)  # fmt: skip
+    space, points = {"optim.lr": {"loguniform": [0.0001, 0.1]}}, [{"optim.lr": 0.05}, {"optim.lr": 0.0001}]
+    sweep = new_sweep(tmp_path, optim__lr=0.0001, sweep__trials=3, sweep__space=space, sweep__points=points,
+                      sweep__concurrent=1, resources__workers=workers)  # fmt: skip
     assert run_to_end(sweep, 550).status is Status.SUCCEEDED
     ledger = Ledger.load(sweep)
     begun = [event["number"] for event in Lines(sweep.store, "progress.jsonl").events() if event["event"] == "trial"]
