@@ -32,7 +32,7 @@ from tests.report_run import build
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = ("run", "sweep", "resume", "schema", "list", "status", "trials", "attach", "logs", "cancel", "report",
-            "predict", "rm", "data", "pools", "doctor", "dashboard", "gc")  # fmt: skip
+            "predict", "rm", "data", "bench-data", "pools", "doctor", "dashboard", "gc")  # fmt: skip
 GOLDEN = Path(__file__).parent / "golden"
 RESULT = {"split": "val", "epoch": 19, "count": 800, "top1": 0.9325, "top5": 0.991, "macro_f1": 0.9301, "loss": 0.7}
 
@@ -157,6 +157,9 @@ def test_the_flags_are_these_and_no_others() -> None:
         "doctor": sorted([*where, "--output"]),
         "dashboard": sorted([*where, "--port"]),
         "gc": sorted([*where, "--dry-run", "--output", "--yes"]),
+        "data": [],
+        "bench-data": ["--batch-size", "--image-size", "--images", "--model", "--need", "--output", "--seconds",
+                       "--threads"],
     }  # fmt: skip
 
 

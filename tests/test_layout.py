@@ -286,7 +286,8 @@ def test_the_plan_is_json_and_leaves_nothing_open(name: str) -> None:
     assert document["pool"] == name
     assert document["machine"]["nodes"] == made.layout.node_type.max_nodes
     open_fields = [key for key, value in made.spec.flat().items() if value is None]
-    assert open_fields == ["data.val_split", "data.classes", "resources.priority", "limits.max_cost"]
+    assert open_fields == ["data.val_split", "data.classes", "data.cache_gb", "data.pixels_gb", "resources.priority",
+                           "limits.max_cost"]  # fmt: skip
     assert made.warnings == ()
 
 

@@ -88,7 +88,7 @@ def kill(run: Run, times: int, victim: Callable[[int], psutil.Process | None], c
     return killed
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_whose_processes_are_killed_ends_as_if_nothing_had_happened(tmp_path: Path, workers: int) -> None:
     local, chance = backend(find_pool("local")), random.Random(workers)
     whole = new_run(tmp_path, "whole", **SETTINGS, resources__workers=workers)

@@ -23,6 +23,7 @@ def test_every_file_is_written_as_terraform_writes_it() -> None:
     assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.slow
 def test_it_is_valid_and_passes_its_own_tests(stack: Stack) -> None:
     assert "The configuration is valid." in stack.run("validate")
     said = stack.run("test")
@@ -54,6 +55,7 @@ SENTENCES = {
 }
 
 
+@pytest.mark.slow
 def test_every_mistake_in_the_settings_is_told_in_its_own_sentence(stack: Stack) -> None:
     said = " ".join(
         " ".join(stack.run("plan", "-input=false", *settings("minimal", **wrong), code=1).replace("│", " ").split())
