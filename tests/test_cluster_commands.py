@@ -137,6 +137,7 @@ def test_a_cancelled_run_is_resumed_on_its_pool(site: Site) -> None:
     assert "first is" in launch("resume", "first", code=2).stderr
 
 
+@pytest.mark.slow
 def test_logs_are_followed_through_all_that_api_servers_and_pods_do(site: Site) -> None:
     run = started(site)
     log = run.store.append("logs/rank-0.log")

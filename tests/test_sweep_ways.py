@@ -158,6 +158,7 @@ def test_when_the_time_is_up_the_best_of_what_there_is_counts(tmp_path: Path) ->
     assert any(sweep.store.list("model/weights.safetensors"))
 
 
+@pytest.mark.slow
 def test_a_mistake_that_every_trial_would_make_ends_the_sweep_at_once(tmp_path: Path) -> None:
     folder = tmp_path / "images"
     for label in ("a", "b"):

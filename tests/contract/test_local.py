@@ -68,6 +68,7 @@ def test_a_lost_supervisor_takes_its_driver_along_and_leaves_a_run_to_resume(
     until(training(run, attempts=2))
 
 
+@pytest.mark.slow
 def test_a_terminated_supervisor_says_so(local: Backend, started: Callable[..., Run]) -> None:
     run = started(**LONG)
     until(training(run))
