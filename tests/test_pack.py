@@ -268,7 +268,7 @@ def test_bad_images_are_copied_unless_they_are_looked_for(tmp_path: Path) -> Non
 # -- broken off
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(12, marks=pytest.mark.slow)])
 def test_a_pack_that_is_killed_again_and_again_comes_out_the_same(place: str, kills: int) -> None:
     source = class_folders(f"{place}/source", 40, 270_000)
     whole = files(packed(build_index(Data(uri=source)), f"{place}/whole").uri)

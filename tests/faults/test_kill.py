@@ -88,15 +88,14 @@ def kill(run: Run, times: int, victim: Callable[[int], psutil.Process | None], c
     return killed
 
 
-@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_run_whose_processes_are_killed_ends_as_if_nothing_had_happened(tmp_path: Path, workers: int) -> None:
-    local, chance = backend(find_pool("local")), random.Random(workers)
-    whole = new_run(tmp_path, "whole", **SETTINGS, resources__workers=workers)
+def test_a_run_whose_process_is_killed_ends_as_if_nothing_had_happened(tmp_path: Path) -> None:
+    local, chance = backend(find_pool("local")), random.Random(1)
+    whole = new_run(tmp_path, "whole", **SETTINGS)
     local.submit(whole)
     finish(local, whole)
-    broken = new_run(tmp_path, "broken", **SETTINGS, resources__workers=workers)
+    broken = new_run(tmp_path, "broken", **SETTINGS)
     local.submit(broken)
-    killed = kill(broken, 1, lambda _: worker_of(broken, chance) if workers > 1 else driver_of(broken), chance)
+    killed = kill(broken, 1, lambda _: driver_of(broken), chance)
     finish(local, broken)
     assert killed == 1
     assert weights(broken) == weights(whole)
