@@ -96,6 +96,9 @@ def _metrics(done: int, chance: random.Random) -> dict[str, Any]:
                     "top5": min(1.0, top1 + 0.06), "macro_precision": top1, "macro_recall": top1, "macro_f1": top1},
             "seconds": 39.0 + chance.random(), "eval_seconds": 6.0, "images_per_second": 1620 + chance.uniform(-60, 60),
             "data_wait": 0.3 * math.exp(-epoch) + chance.uniform(0.02, 0.04), "best": epoch == done,
+            "data": {"images": 62_000, "pixels_held": 62_000 * (epoch > 1), "decoded": 62_000 * (epoch == 1),
+                     "decode_seconds": 99.0 * (epoch == 1), "crop_seconds": 11.2, "files_held": 0,
+                     "requests": 62_000 * (epoch == 1), "bytes": 6.1e9 * (epoch == 1), "fetch_seconds": 0.0},
         })  # fmt: skip
     versions = {"raylaunch": "0.1.0", "torch": "2.10.0", "timm": "1.0.20", "ray": "2.60.0", "python": "3.11.9"}
     return {"schema": 1, "epochs": epochs, "best_epoch": done, "versions": versions, "device": "NVIDIA H100"}
