@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "terraform"
-MIRRORS = ("/opt/tf-plugins", "/usr/local/share/terraform/plugins", "~/.terraform.d/plugins")
+MIRRORS = ("/usr/local/share/terraform/plugins", "~/.terraform.d/plugins", *map(str, Path("/opt").glob("*")))
 """Where Terraform's provider may lie; the first is what RAYLAUNCH_TEST_TERRAFORM_MIRROR says, if it is set."""
 
 # What the provider has to know to find one machine instead of a cloud.
