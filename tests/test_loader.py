@@ -300,7 +300,7 @@ def test_without_a_readable_training_image_the_run_ends(index: Index) -> None:
 def test_a_scan_names_all_bad_images(index: Index) -> None:
     rows = [*index.rows("train")[[1, 30]].tolist(), int(index.rows("val")[2])]
     broken = damage(index, *rows)
-    found = scan(Source(broken), 3)
+    found = scan(Source(broken))
     assert list(found) == [index.key(row) for row in sorted(rows)]
     assert all(found.values())
 

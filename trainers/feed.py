@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from launcher.spec import Spec
-from trainers.data.counts import Counts
 from trainers.data.decoded import Decoded
 from trainers.data.index import Index
 from trainers.data.loader import Loader
@@ -27,7 +26,7 @@ class Feed:
         training = TrainRecipe(spec.augment, side)
         evaluation = EvalRecipe(side, preprocess.crop_pct, preprocess.interpolation)
         self.reduction = reduction(training, evaluation)
-        self.source = Source(index, budget=_bytes(spec.data.cache_gb), counts=Counts())
+        self.source = Source(index, budget=_bytes(spec.data.cache_gb))
         self.loader = Loader(
             Decoded(self.source, self.reduction, budget=_bytes(spec.data.pixels_gb)),
             training=training,

@@ -79,7 +79,7 @@ def all_bad(run: Run, spec: Spec) -> LaunchError:
     from trainers.data.source import Source
 
     index = Index.load(run.store)
-    bad = scan(Source(index), os.cpu_count() or 1)
+    bad = scan(Source(index))
     images = len(index.table)
     listed = [{"key": key, "reason": reason} for key, reason in sorted(bad.items())]
     run.write_json("data_report.json", {"images": images, "bad": listed})

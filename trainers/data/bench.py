@@ -20,7 +20,6 @@ import numpy as np
 import pyarrow as pa
 
 from launcher.spec import Augment
-from trainers.data.counts import Counts
 from trainers.data.decoded import Decoded, default_budget
 from trainers.data.index import Index
 from trainers.data.loader import Loader
@@ -80,8 +79,7 @@ def measure(
     rule = reduction(training, evaluation)
     count = part.table.num_rows
     with _folder() as folder:
-        counts = Counts()
-        source = Source(part, folder, counts=counts)
+        source = Source(part, folder)
         decoded = Decoded(source, rule, folder)
         loader = Loader(
             decoded, training=training, evaluation=evaluation, augment=recipe, seed=0, batch_size=batch_size,
@@ -94,7 +92,7 @@ def measure(
         for _ in loader.train(0):
             pass
         decoding = time.monotonic() - began
-        seen = counts.take()
+        seen = source.counts.take()
         kept = decoded.bytes_held() / max(seen["decoded"], 1)
         tell("cropping")
         began, cropped, epoch = time.monotonic(), 0, 1

@@ -9,6 +9,7 @@ from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+from trainers.data.images import BadImage, pixels
 from trainers.data.source import Source
 
 THREADS = 48
@@ -44,6 +45,16 @@ def in_order(
         finally:
             for _, _, result in waiting:
                 result.cancel()
+
+
+def why_unreadable(data: bytes | memoryview) -> str:
+    """Why an image cannot be read; nothing if it can."""
+    try:
+        with DECODERS:
+            pixels(data)
+    except BadImage as error:
+        return str(error)
+    return ""
 
 
 def read_each(

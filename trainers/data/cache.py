@@ -38,16 +38,18 @@ _CLOCK_TICK_NS = 100_000_000
 _log = logging.getLogger(__name__)
 
 
+def standing(folder: Path) -> Path:
+    """The folder, or the nearest above it that is there: on the disk that it would lie on."""
+    return next(parent for parent in (folder, *folder.parents) if parent.exists())
+
+
 def room(folder: Path) -> int:
     """Bytes on the disk that a log in this folder has, and those that it could still get; 0 if that cannot be told.
 
     All caches of a node together are to have no more than `$RAYLAUNCH_CACHE_BYTES`, where that is set.
     """
-    there = folder
-    while not there.exists() and there != there.parent:
-        there = there.parent
     try:
-        found = Cache(folder, 0).held() + shutil.disk_usage(there).free
+        found = Cache(folder, 0).held() + shutil.disk_usage(standing(folder)).free
     except OSError:
         return 0
     most = os.environ.get("RAYLAUNCH_CACHE_BYTES", "")

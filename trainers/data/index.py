@@ -101,6 +101,17 @@ class Index:
     def _places(self) -> list[pa.Array]:
         return [self.table[name].combine_chunks() for name in ("key", "object", "etag", "offset", "size")]
 
+    @cached_property
+    def remote(self) -> npt.NDArray[np.bool_]:
+        """Which rows lie on S3, bool [n]."""
+        import pyarrow.compute as pc
+
+        where = pc.coalesce(self.table["object"], self.table["key"])
+        remote = pc.starts_with(where, "s3://")
+        if self.uri.startswith("s3://"):
+            remote = pc.or_(remote, pc.invert(pc.starts_with(where, "/")))
+        return np.asarray(remote.to_numpy())
+
     def rows(self, split: str) -> npt.NDArray[np.int64]:
         """Row numbers of a split, ascending, int64."""
         import pyarrow.compute as pc

@@ -18,9 +18,10 @@ import torch
 
 from launcher.errors import BadImagesError, DataError
 from launcher.spec import Augment
+from trainers.data.bulk import read_each, why_unreadable
 from trainers.data.crops import sample_states
 from trainers.data.decoded import Decoded, Taken
-from trainers.data.images import BadImage, Pixels, decode
+from trainers.data.images import Pixels
 from trainers.data.index import Index
 from trainers.data.listing import few
 from trainers.data.order import Ints, epoch_draws, share, step_samples, steps_per_epoch
@@ -276,30 +277,7 @@ def too_many_bad(index: Index, bad: dict[str, str]) -> BadImagesError:
     )  # fmt: skip
 
 
-def scan(source: Source, threads: int) -> dict[str, str]:
+def scan(source: Source) -> dict[str, str]:
     """Decodes every image of the index: key and reason of each that cannot be read, in the order of the rows."""
-
-    def check(rows: Ints) -> dict[str, str]:
-        found = {}
-        for row in rows.tolist():
-            try:
-                decode(source.read(row))
-            except BadImage as error:
-                found[source.index.key(row)] = str(error)
-        return found
-
-    bad: dict[str, str] = {}
-    count = source.index.table.num_rows
-    groups = np.array_split(np.arange(count), -(-count // 64))
-    pending: deque[Future[dict[str, str]]] = deque()
-    with (
-        ThreadPoolExecutor(threads, thread_name_prefix="scan") as pool,
-        contextlib.closing(source.ahead(groups, lambda rows: rows)) as sent,
-    ):
-        for rows in sent:
-            pending.append(pool.submit(check, rows))
-            if len(pending) > 2 * threads:
-                bad |= pending.popleft().result()
-        for checked in pending:
-            bad |= checked.result()
-    return bad
+    with contextlib.closing(read_each(source, range(source.index.table.num_rows), why_unreadable)) as judged:
+        return {source.index.key(row): why for row, why in judged if why}

@@ -28,8 +28,8 @@ import numpy.typing as npt
 
 from launcher.errors import DataError, NotFinishedError, SiteError, UserError
 from launcher.storage import Entry, LocalStore, cache_folder, open_store
-from trainers.data.bulk import DECODERS, in_order, read_each
-from trainers.data.images import BadImage, pixels
+from trainers.data.bulk import in_order, read_each, why_unreadable
+from trainers.data.cache import standing
 from trainers.data.index import SPLITS, Index
 from trainers.data.listing import few
 from trainers.data.order import epoch_draws
@@ -231,13 +231,8 @@ class Pack:
 
     def _judged(self, data: Data) -> tuple[Data, str]:
         """An image, and why it is to be left out."""
-        if self.options.check:
-            try:
-                with DECODERS:
-                    pixels(data)
-            except BadImage as error:
-                return b"", str(error)
-        return data, ""
+        why = why_unreadable(data) if self.options.check else ""
+        return (b"" if why else data), why
 
     def _shard(self, name: str, images: Images, tell: Tell) -> tuple[Path, Shard]:
         """The next shard as a file of this machine, yet without a tag."""
@@ -302,7 +297,7 @@ class Pack:
         folder = Path(self.uri) if local else self._workspace
         # Two shards at most wait for their upload.
         need = self.expected(self.missing) if local else 2 * max(self.expected([name]) for name in self.missing)
-        folder = next(parent for parent in (folder, *folder.parents) if parent.exists())
+        folder = standing(folder)
         free = shutil.disk_usage(folder).free
         if need > free:
             hint = "free some, or " + ("choose another place" if local else "set XDG_CACHE_HOME to a folder with space")

@@ -54,15 +54,17 @@ class Source:
         index: what to read.
         folder: of the cache; `default_cache()` if None.
         budget: bytes that the cache may take on the disk, for all who use it; half of the disk if None.
+
+    Attributes:
         counts: where `files_held`, `requests`, `bytes` and `fetch_seconds` are counted.
     """
 
-    def __init__(
-        self, index: Index, folder: Path | None = None, budget: int | None = None, counts: Counts | None = None
-    ) -> None:
+    def __init__(self, index: Index, folder: Path | None = None, budget: int | None = None) -> None:
         self.index = index
-        self.counts = counts or Counts()
-        self._parquet, self._cached = _parquet(index), _cached(index)
+        self.counts = Counts()
+        self._parquet = _parquet(index)
+        # In a Parquet file, wherever it is, an image costs the reading of its whole row group.
+        self._cached = index.remote | self._parquet
         self._view: View | None = None
         if self._cached.any():
             folder = (folder or default_cache()) / "files"
@@ -316,17 +318,6 @@ def _parquet(index: Index) -> Flags:
     import pyarrow.compute as pc
 
     return np.asarray(pc.fill_null(pc.ends_with(index.table["object"], ".parquet"), False).to_numpy())
-
-
-def _cached(index: Index) -> Flags:
-    """Which rows are read through the cache, bool [n]: those on S3 and those in Parquet files."""
-    import pyarrow.compute as pc
-
-    where = pc.coalesce(index.table["object"], index.table["key"])
-    remote = pc.starts_with(where, "s3://")
-    if index.uri.startswith("s3://"):
-        remote = pc.or_(remote, pc.invert(pc.starts_with(where, "/")))
-    return np.asarray(remote.to_numpy()) | _parquet(index)
 
 
 def _gone(where: str) -> DataError:

@@ -57,21 +57,17 @@ def packing(index: Index) -> dict[str, Any]:
     """Whether `launch data pack` is likely to help, and why, in one sentence."""
     import pyarrow.compute as pc
 
-    alone = index.table.filter(pc.is_null(index.table["object"]))
-    keys = alone["key"]
-    remote = pc.starts_with(keys, "s3://")
-    if index.uri.startswith("s3://"):
-        remote = pc.or_(remote, pc.invert(pc.starts_with(keys, "/")))
-    objects = alone.filter(remote)
-    count = len(objects)
-    if not len(alone):
+    alone = pc.is_null(index.table["object"]).to_numpy()
+    sizes = index.table["size"].to_numpy()[alone & index.remote]
+    count = len(sizes)
+    if not alone.any():
         return {"pays": False, "why": "many images lie in one object already"}
     if not count:
         return {
             "pays": False,
             "why": "the images are files, not objects of S3; on a slow network disk it may all the same",
         }
-    median = float(np.median(objects["size"].to_numpy()))
+    median = float(np.median(sizes))
     if median >= SMALL:
         return {"pays": False, "why": f"an object has {median / 1000:,.0f} kB (median), enough to be fetched by itself"}
     if count < MANY:
