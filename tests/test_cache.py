@@ -21,7 +21,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.cache_writer import SMALL, ids_of, truth
-from trainers.data.cache import Cache, View
+from trainers.data import segments
+from trainers.data.cache import WRITERS, Cache, View
 
 BUDGET = 1 << 30
 
@@ -43,7 +44,7 @@ def fill(view: View, rows: range, size: int = 100_000) -> int:
 # -- what is put is what is got
 
 
-OPERATIONS = st.lists(st.tuples(st.sampled_from(["put", "refresh", "reopen"]), st.integers(0, 1), st.integers(0, 7)))
+OPERATIONS = st.lists(st.tuples(st.sampled_from(["put", "refresh", "reopen"]), st.integers(0, 2), st.integers(0, 7)))
 
 
 @settings(deadline=None, max_examples=40)
@@ -60,7 +61,8 @@ def test_a_record_is_absent_or_right_for_any_order_of_work(
     content = {name: data[number] for number, name in enumerate(names)}
     put: set[bytes] = set()
     with TemporaryDirectory() as folder:
-        views = [Cache(Path(folder), SMALL).view(ids) for _ in range(2)]
+        caches = [Cache(Path(folder), SMALL) for _ in range(2)]
+        views = [cache.view(ids) for cache in (*caches, caches[0])]
         for what, who, row in operations:
             row %= len(names)
             if what == "put":
@@ -132,6 +134,8 @@ def test_threads_write_and_read_together(tmp_path: Path) -> None:
     assert [got(Cache(tmp_path, SMALL).view(ids_of(*range(200))), row) for row in range(200)] == [
         truth(row) for row in range(200)
     ]
+    begun = segments.names(tmp_path / segments.FORMAT)
+    assert sum(not segments.sealed(tmp_path / segments.FORMAT, name) for name in begun) <= WRITERS
 
 
 # -- damage

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 Rows = npt.NDArray[np.int64]
 
+WRITERS = 4
+"""Segments at most that a process writes to at once: the kernel lets only one thread at a time write to a file."""
+
 PAUSE_S = 30.0
 """How long nothing is kept after there was no room."""
 
@@ -77,10 +80,10 @@ class Cache:
         self._numbers: dict[str, int] = {}
         self._names: list[str] = []
         self._segments: dict[int, Segment] = {}
-        self._writer: Writer | None = None
         self._held = self._since = 0
         self._resume_at = 0.0
         self._said: set[str] = set()
+        self._begin()
         if budget:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -111,25 +114,33 @@ class Cache:
         """Adds a record: its segment, its entry and how many are before that, or None if it is not kept."""
         if not self.keeping or len(data) > self._segment_size:
             return None
+        if self._process != os.getpid():
+            self._begin()  # a forked child: the parent goes on with its segments
         writer = None
         try:
-            with self._lock:
-                place = self._reserve(len(data))
-                if place is None:
-                    self._pause(None)
-                    return None
-                writer, offset = place
-            # Outside the lock: copying into the page cache takes longer than all the rest.
-            writer.fill(data, offset)
-            entry = segments.new_entry(record, offset, len(data), shape, xxh3_64_intdigest(data))
-            with self._lock:
-                return writer.name, entry, writer.enter(entry)
+            with self._writing:
+                with self._lock:
+                    writer = self._writer(len(data))
+                    if writer is None:
+                        self._pause(None)
+                        return None
+                # Outside the lock: copying into the page cache takes longer than all the rest.
+                entry, count = writer.add(record, data, shape), writer.count
+                with self._lock:
+                    self._written[writer.name] = count
+                    self._idle.append(writer)
+                return writer.name, entry, count - 1
         except OSError as error:
             with self._lock:
-                # What was reserved stays a gap.
-                self._writer = None
+                # What was begun stays a gap, and the segment is left to whoever takes it over.
+                if writer is not None:
+                    self._written.pop(writer.name, None)
                 self._pause(error)
             return None
+
+    def written(self, name: str) -> int | None:
+        """How many entries a segment has that only this process adds to; None if others may."""
+        return self._written.get(name) if self._process == os.getpid() else None
 
     def use(self, name: str) -> int | None:
         """The segment's number in this process, which keeps others from removing it; None if it is gone."""
@@ -169,33 +180,41 @@ class Cache:
 
     # -- room
 
-    def _reserve(self, length: int) -> tuple[Writer, int] | None:
-        """Room for a record in a segment that is ours, or None. Called with the lock held."""
-        if self._writer is not None and self._writer.process != os.getpid():
-            self._writer = None  # a forked child: the parent goes on with it
+    def _begin(self) -> None:
+        """Without segments of our own."""
+        self._process = os.getpid()
+        self._writing = threading.BoundedSemaphore(WRITERS)
+        self._idle: list[Writer] = []
+        self._written: dict[str, int] = {}
+
+    def _writer(self, length: int) -> Writer | None:
+        """A segment of ours with room for a record, for one thread alone; None if the cache has no room."""
         # Others write too: what all of them hold is looked up from time to time.
         if self._held + length > self.budget or self._since > self._segment_size // 16:
-            if self._writer is not None and self._writer.gone:
-                self._writer, self._locks = None, Locks(self.folder / "locks")
+            if any(writer.gone for writer in self._idle):
+                self._idle, self._written, self._locks = [], {}, Locks(self.folder / "locks")
             self._held, self._since = self._survey(length), 0
             if self._held + length > self.budget:
                 return None
+        self._held += length
+        self._since += length
         while True:
-            offset = None if self._writer is None else self._writer.reserve(length)
-            if self._writer is not None and offset is not None:
-                self._held += length
-                self._since += length
-                return self._writer, offset
-            if self._writer is not None:
-                self._writer.close()
-            self._writer = self._next_writer()
+            # The one that was used last, so that there are no more than are needed.
+            writer = self._idle.pop() if self._idle else self._next_writer()
+            if writer.fits(length):
+                return writer
+            writer.seal()
+            self._written.pop(writer.name, None)
 
     def _next_writer(self) -> Writer:
         """A segment that a dead process left, or a new one."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for name in segments.names(self.folder):
             try:
-                if segments.size_of(name) >= self._segment_size and not segments.sealed(self.folder, name):
+                # Our own lie idle or are in use: to take one over again would fail, but cost the look into each.
+                if name in self._written or segments.size_of(name) < self._segment_size:
+                    continue
+                if not segments.sealed(self.folder, name):
                     writer = Writer(self.folder, name, new=False)
                     if self.use(name) is not None:
                         return writer
@@ -329,6 +348,8 @@ class View:
             except OSError:
                 return
             for name, count in list(self._growing.items()):
+                if self._cache.written(name) == count:
+                    continue
                 try:
                     entries, self._growing[name], whole = segments.read_entries(folder, name, count)
                 except OSError:

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from xxhash import xxh3_64_intdigest
 
 FORMAT = "v1"
 """Name of the folder that holds segments as this version writes them."""
@@ -144,7 +145,11 @@ class Segment:
 
 
 class Writer:
-    """A segment that this process alone adds to, until it or the process ends. Not thread safe but for `fill`."""
+    """A segment that this process alone adds to, until it or the process ends. Not thread safe.
+
+    Attributes:
+        count: entries of the segment, the one that ends it among them.
+    """
 
     def __init__(self, folder: Path, name: str, new: bool) -> None:
         """Makes a segment or takes one over.
@@ -153,10 +158,7 @@ class Writer:
             OSError: that cannot be; a `BlockingIOError` if it has a writer.
         """
         self.name = name
-        self.process = os.getpid()
         self._size = size_of(name)
-        self._pending = 0
-        self._closed = False
         self._data = self._entries = -1
         flags = os.O_RDWR | (os.O_CREAT | os.O_EXCL if new else 0)
         try:
@@ -167,8 +169,8 @@ class Writer:
             self._entries = os.open(folder / f"{name}.idx", flags, 0o644)
             if self.gone or os.fstat(self._data).st_size != self._size:
                 raise OSError(errno.EIO, "the segment is damaged", str(folder / f"{name}.dat"))
-            self._count = os.fstat(self._entries).st_size // ENTRY.itemsize
-            os.ftruncate(self._entries, self._count * ENTRY.itemsize)
+            self.count = os.fstat(self._entries).st_size // ENTRY.itemsize
+            os.ftruncate(self._entries, self.count * ENTRY.itemsize)
             self._next = 0 if new else _end_of_data(self._data)
         except OSError:
             self.__del__()
@@ -185,40 +187,28 @@ class Writer:
         """Whether somebody removed the files."""
         return not os.fstat(self._data).st_nlink or not os.fstat(self._entries).st_nlink
 
-    def reserve(self, length: int) -> int | None:
-        """Offset of `length` bytes that are the caller's to `fill`, then to `enter`; None if there is no room."""
-        if self._closed or self._next + length > self._size:
-            return None
-        offset, self._next = self._next, self._next + length
-        self._pending += 1
-        return offset
+    def fits(self, length: int) -> bool:
+        """Whether there is room for so many bytes."""
+        return self._next + length <= self._size
 
-    def fill(self, data: memoryview, offset: int) -> None:
-        """Writes a record where room was reserved for it."""
-        while data:
-            written = os.pwrite(self._data, data, offset)
-            data, offset = data[written:], offset + written
-
-    def enter(self, entry: Entries) -> int:
-        """Makes a record known that is filled; returns how many entries are before its own."""
-        self._pending -= 1
+    def add(self, record: bytes, data: memoryview, shape: tuple[int, int]) -> Entries:
+        """Writes a record that `fits`, and only then makes it known; returns its entry. `OSError` leaves a gap."""
+        offset, self._next = self._next, self._next + len(data)
+        digest, rest, at = xxh3_64_intdigest(data), data, offset
+        while rest:
+            written = os.pwrite(self._data, rest, at)
+            rest, at = rest[written:], at + written
+        entry = new_entry(record, offset, len(data), shape, digest)
         self._append(entry)
-        place = self._count - 1
-        self._seal()
-        return place
+        return entry
 
-    def close(self) -> None:
+    def seal(self) -> None:
         """Ends the segment: nobody will add to it again."""
-        self._closed = True
-        self._seal()
-
-    def _seal(self) -> None:
-        if self._closed and not self._pending:
-            self._append(new_entry(b"", 0, 0, (SEALED, 0), 0))
+        self._append(new_entry(b"", 0, 0, (SEALED, 0), 0))
 
     def _append(self, entry: Entries) -> None:
-        os.pwrite(self._entries, entry.tobytes(), self._count * ENTRY.itemsize)
-        self._count += 1
+        os.pwrite(self._entries, entry.tobytes(), self.count * ENTRY.itemsize)
+        self.count += 1
 
 
 def new_entry(name: bytes, offset: int, length: int, shape: tuple[int, int], digest: int) -> Entries:
