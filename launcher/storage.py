@@ -90,6 +90,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "raylaunch"
 
 
+def standing(folder: Path) -> Path:
+    """The folder, or the nearest above it that is there: on the disk that it would lie on."""
+    return next(parent for parent in (folder, *folder.parents) if parent.exists())
+
+
 def open_store(uri: str | Path) -> Store:
     """The store at a folder or at `s3://bucket/prefix`. Nothing is created or requested."""
     text = str(uri)

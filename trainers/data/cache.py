@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from xxhash import xxh3_64_intdigest
 
+from launcher.storage import standing
 from trainers.data import segments
 from trainers.data.segments import Entries, Locks, Segment, Writer
 
@@ -39,11 +40,6 @@ _CLOCK_TICK_NS = 100_000_000
 """A folder that changed so short a time ago may change again without its time telling."""
 
 _log = logging.getLogger(__name__)
-
-
-def standing(folder: Path) -> Path:
-    """The folder, or the nearest above it that is there: on the disk that it would lie on."""
-    return next(parent for parent in (folder, *folder.parents) if parent.exists())
 
 
 def room(folder: Path) -> int:

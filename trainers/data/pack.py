@@ -27,9 +27,8 @@ import numpy as np
 import numpy.typing as npt
 
 from launcher.errors import DataError, NotFinishedError, SiteError, UserError
-from launcher.storage import Entry, LocalStore, cache_folder, open_store
+from launcher.storage import Entry, LocalStore, cache_folder, open_store, standing
 from trainers.data.bulk import in_order, read_each, why_unreadable
-from trainers.data.cache import standing
 from trainers.data.index import SPLITS, Index
 from trainers.data.listing import few
 from trainers.data.order import epoch_draws
