@@ -98,7 +98,8 @@ def _metrics(done: int, chance: random.Random) -> dict[str, Any]:
             "data_wait": 0.3 * math.exp(-epoch) + chance.uniform(0.02, 0.04), "best": epoch == done,
             "data": {"images": 62_000, "pixels_held": 62_000 * (epoch > 1), "decoded": 62_000 * (epoch == 1),
                      "decode_seconds": 99.0 * (epoch == 1), "crop_seconds": 11.2, "files_held": 0,
-                     "requests": 62_000 * (epoch == 1), "bytes": 6.1e9 * (epoch == 1), "fetch_seconds": 0.0},
+                     "requests": 62_000 * (epoch == 1), "repeated": 31 * (epoch == 1),
+                     "bytes": 6.1e9 * (epoch == 1), "fetch_seconds": 0.0},
         })  # fmt: skip
     versions = {"raylaunch": "0.1.0", "torch": "2.10.0", "timm": "1.0.20", "ray": "2.60.0", "python": "3.11.9"}
     return {"schema": 1, "epochs": epochs, "best_epoch": done, "versions": versions, "device": "NVIDIA H100"}

@@ -145,6 +145,15 @@ def test_threads_do_not_change_the_batches(index: Index) -> None:
     assert same_steps(runs[0], runs[2])
 
 
+def test_a_batch_stays_as_it_is_for_as_long_as_any_part_of_it_is_held(index: Index) -> None:
+    reader = loader(index)
+    whole = [(step.parts[0].images, step.parts[0].images.clone()) for step in reader.train(0)]
+    parts = [(step.parts[0].images[1, :, 2:5], step.parts[0].images[1, :, 2:5].clone()) for step in reader.train(1)]
+    for _ in reader.train(2):
+        pass
+    assert all(torch.equal(held, copy) for held, copy in whole + parts)
+
+
 def test_epochs_and_seeds_differ(index: Index) -> None:
     orders = [rows_of(list(loader(index, seed=seed).train(epoch))) for seed in (0, 1) for epoch in (0, 1)]
     assert len({tuple(order) for order in orders}) == 4

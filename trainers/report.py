@@ -224,5 +224,6 @@ def _reading(epochs: list[Json]) -> list[Json]:
             "crop_rate": sums["images"] / sums["crop_seconds"] if sums["crop_seconds"] else None,
             "bytes": sums["bytes"] / count,
             "requests": sums["requests"] / count,
+            "repeated": sums["repeated"] / count,
         })  # fmt: skip
     return columns

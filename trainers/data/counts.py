@@ -13,6 +13,7 @@ FIELDS = {
     "crop_seconds": "CPU time of cropping, resizing and mirroring",
     "files_held": "files found in the node's cache",
     "requests": "requests to S3 for images",
+    "repeated": "of these, answered only when they were sent again in a slower way",
     "bytes": "bytes of images that came from S3",
     "fetch_seconds": "time that these requests took, many of them at once",
 }

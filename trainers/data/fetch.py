@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from contextlib import suppress
-from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from launcher.errors import InfrastructureError, LaunchError
 from launcher.s3 import S3Store, forget_s3_client, s3_client, s3_errors
+from trainers.data.counts import Counts
+from trainers.data.spaces import Spaces
 
 if TYPE_CHECKING:
     from obstore import GetOptions
@@ -28,29 +30,10 @@ RETRIES = 4
 """How often obstore tries again, within seconds; whoever needs more patience gets boto3's."""
 SHORTEST, LONGEST = timedelta(seconds=0.1), timedelta(seconds=5)
 """Pauses before the first of them and at most."""
-
-
-@dataclass
-class Traffic:
-    """What this process asked of S3 by `Bucket.get`; all buckets together.
-
-    Attributes:
-        requests: objects or ranges that were asked for.
-        received: bytes of those that came.
-        repeated: how many of them boto3 had to be asked for. Many of them make fetching slow.
-    """
-
-    requests: int = 0
-    received: int = 0
-    repeated: int = 0
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
-
-    def add(self, received: int, repeated: bool) -> None:
-        """Counts a request that succeeded."""
-        with self._lock:
-            self.requests += 1
-            self.received += received
-            self.repeated += repeated
+PART = 1 << 18
+"""Bytes at least that are copied at once of what is longer."""
+KEPT = 1 << 25
+"""Bytes of memory for long ranges that are kept for later ones."""
 
 
 class Bucket:
@@ -58,15 +41,16 @@ class Bucket:
 
     Args:
         name: of the bucket.
+        counts: where `requests`, `repeated`, `bytes` and `fetch_seconds` are counted, but for a forked child's.
         patience: seconds without a byte after which a request is sent again.
     """
 
-    traffic = Traffic()
-
-    def __init__(self, name: str, patience: float = 30.0) -> None:
+    def __init__(self, name: str, counts: Counts, patience: float = 30.0) -> None:
         self.name = name
+        self._counts = counts
         self._patience = timedelta(seconds=patience)
         self._store = S3Store(f"s3://{name}")
+        self._spaces = Spaces(KEPT)
         self._opening = threading.Lock()
         self._client: Client | None = None
         self._region: str | None = None
@@ -82,6 +66,7 @@ class Bucket:
         """
         if not length:
             return memoryview(b"")
+        began = time.monotonic()
         data = self._ask(key, etag, start, start + length)
         repeated = data is None
         if data is None:
@@ -90,7 +75,8 @@ class Bucket:
                 raise InfrastructureError(f"S3 sent {len(data)} of {length} bytes", where=f"{self._store.uri}/{key}",
                                           hint="try again, or resume the run")  # fmt: skip
             self._find()
-        self.traffic.add(length, repeated)
+        if not _forked():  # the lock of the counts may be held by a thread that the child does not have
+            self._counts.add(requests=1, repeated=repeated, bytes=length, fetch_seconds=time.monotonic() - began)
         return data
 
     def _ask(self, key: str, etag: str, start: int, stop: int) -> memoryview | None:
@@ -105,10 +91,18 @@ class Bucket:
         if etag:
             options["if_match"] = f'"{etag}"'
         try:
-            data = memoryview(obstore.get(client, key, options=options).bytes())
+            found = obstore.get(client, key, options=options)
+            if stop - start <= PART:
+                data = memoryview(found.bytes())
+                return data if len(data) == stop - start else None
+            # Else each of many threads would be left with malloc's memory for the largest that it ever got.
+            whole, at = self._spaces.lend(stop - start), 0
+            for part in found.stream(min_chunk_size=PART):
+                whole[at : at + len(part)] = memoryview(part)
+                at += len(part)
+            return whole.data.toreadonly() if at == len(whole) else None
         except (BaseError, FileNotFoundError, ValueError):
             return None
-        return data if len(data) == stop - start else None
 
     def _opened(self) -> Client:
         with self._opening:
@@ -189,10 +183,5 @@ def _forked() -> bool:
     return _process != os.getpid()
 
 
-def _in_child() -> None:
-    # The child must neither wait for a lock that nobody will release, nor share the parent's connections.
-    Bucket.traffic = Traffic()
-    forget_s3_client()
-
-
-os.register_at_fork(after_in_child=_in_child)
+# The child must not share the parent's connections.
+os.register_at_fork(after_in_child=forget_s3_client)

@@ -32,9 +32,13 @@ import numpy.typing as npt
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
+from trainers.data.spaces import Spaces
+
 # Pillow opens MPO, the format of many phones, as JPEG.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 MAX_PIXELS = 100_000_000
+
+_spaces = Spaces(1 << 25)
 
 Array = npt.NDArray[Any]
 Pixels = npt.NDArray[np.uint8]
@@ -121,15 +125,13 @@ def _jpeg(data: memoryview, reduction: Reduction) -> Pixels | None:
             return None
         width, height, method = header
         factor = reduction(width, height)
-        if factor == 1:
-            found = simplejpeg.decode_jpeg(data, "RGB")
-        else:
-            w, h = -(-width // factor), -(-height // factor)
-            if max(width, height) < 8:  # more than one scale leads to this size
-                return None
-            found = simplejpeg.decode_jpeg(data, "RGB", min_height=h, min_width=w)
-            if found.shape != (h, w, 3):
-                return None
+        w, h = -(-width // factor), -(-height // factor)
+        if factor > 1 and max(width, height) < 8:  # more than one scale leads to this size
+            return None
+        found = _spaces.lend(h, w, 3)
+        smaller = {} if factor == 1 else {"min_height": h, "min_width": w}
+        if simplejpeg.decode_jpeg(data, "RGB", buffer=found, **smaller).shape != found.shape:
+            return None
     except MemoryError:
         raise
     except Exception:  # whatever the damage leads to

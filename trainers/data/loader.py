@@ -28,11 +28,14 @@ from trainers.data.order import Ints, epoch_draws, share, step_samples, steps_pe
 from trainers.data.policy import Changes
 from trainers.data.recipes import EvalRecipe, TrainRecipe
 from trainers.data.source import Source
+from trainers.data.spaces import Spaces
 
 SLOW, QUICK = 8, 32
 """Images per task of a thread that decodes and of one that finds them decoded: few, so that all threads share a step;
 not one, for a task costs some 50 us."""
 STEPS_AHEAD = 3
+BATCHES_KEPT = 1 << 29
+"""Bytes of memory for batches that are kept for later ones."""
 
 Fill = Callable[[Ints, Ints, Pixels], None]
 
@@ -110,6 +113,7 @@ class Loader:
         self._world = world
         self._threads = threads
         self._pinned = pinned
+        self._spaces = Spaces(BATCHES_KEPT)
         self._max_bad = max_bad_fraction * index.table.num_rows
         self._train_rows = index.rows("train")
         self._weights = index.weights(sampling, self._train_rows)
@@ -208,13 +212,19 @@ class Loader:
         pool: ThreadPoolExecutor,
     ) -> _Filling:  # fmt: skip
         size = SLOW if len(self._decoded.absent(rows)) else QUICK
-        images = torch.empty((len(rows), side, side, 3), dtype=torch.uint8, pin_memory=self._pinned)
+        images = self._space(len(rows), side)
         rows, out = rows.copy(), images.numpy()
         tasks = [
             pool.submit(fill, rows[at : at + size], numbers[at : at + size], out[at : at + size])
             for at in range(0, len(rows), size)
         ]
         return _Filling(rows, images, tasks, pool.submit(change, numbers))
+
+    def _space(self, count: int, side: int) -> torch.Tensor:
+        """Memory for some images, uint8 [count, side, side, 3]."""
+        if self._pinned:
+            return torch.empty((count, side, side, 3), dtype=torch.uint8, pin_memory=True)  # torch keeps it for others
+        return torch.from_numpy(self._spaces.lend(count, side, side, 3))
 
     def _batches(self, fillings: list[_Filling]) -> list[Batch]:
         batches = []

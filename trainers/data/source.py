@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -56,7 +55,7 @@ class Source:
         budget: bytes that the cache may take on the disk, for all who use it; half of the disk if None.
 
     Attributes:
-        counts: where `files_held`, `requests`, `bytes` and `fetch_seconds` are counted.
+        counts: where what was fetched, and what was at hand, is counted.
     """
 
     def __init__(self, index: Index, folder: Path | None = None, budget: int | None = None) -> None:
@@ -209,8 +208,8 @@ class Source:
                 return {}
             came = self._get(rows)
             kept = {row for row, data in came.items() if self._view.put(row, data)}
-        # One alone is about to be used, and need not be looked up; of many, what is kept would only take memory.
-        return came if len(rows) == 1 else {row: data for row, data in came.items() if row not in kept}
+        # What is kept would only take memory until it is used.
+        return {row: data for row, data in came.items() if row not in kept}
 
     def _get(self, rows: Rows) -> dict[int, Data]:
         """The files of some rows of one chunk, by one request."""
@@ -237,12 +236,9 @@ class Source:
             if not place.uri.startswith("s3://"):
                 return memoryview(self._store(place.uri).read(place.key, place.etag or None, (start, stop)))
             name, _, prefix = place.uri.removeprefix("s3://").partition("/")
-            bucket = self._buckets.get(name) or self._buckets.setdefault(name, Bucket(name))
+            bucket = self._buckets.get(name) or self._buckets.setdefault(name, Bucket(name, self.counts))
             with self._gate.of(stop - start):
-                began = time.monotonic()
-                data = bucket.get(f"{prefix}/{place.key}" if prefix else place.key, place.etag, stop - start, start)
-                self.counts.add(requests=1, bytes=len(data), fetch_seconds=time.monotonic() - began)
-                return data
+                return bucket.get(f"{prefix}/{place.key}" if prefix else place.key, place.etag, stop - start, start)
         except FileNotFoundError as error:
             raise _gone(where) from error
 
