@@ -30,7 +30,7 @@ RETRIES = 4
 """How often obstore tries again, within seconds; whoever needs more patience gets boto3's."""
 SHORTEST, LONGEST = timedelta(seconds=0.1), timedelta(seconds=5)
 """Pauses before the first of them and at most."""
-PART = 1 << 20
+PART = 1 << 18
 """Bytes at least that are copied at once of what is longer."""
 KEPT = 1 << 25
 """Bytes of memory for long ranges that are kept for later ones."""
