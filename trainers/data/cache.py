@@ -199,8 +199,8 @@ class Cache:
             writer = self._idle.pop() if self._idle else self._next_writer()
             if writer.fits(length):
                 return writer
-            writer.seal()
             self._written.pop(writer.name, None)
+            writer.seal()
 
     def _next_writer(self) -> Writer:
         """A segment that a dead process left, or a new one."""

@@ -39,6 +39,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 MAX_PIXELS = 100_000_000
 
 _spaces = Spaces(1 << 25)
+"""For decoded JPEGs: what a few dozen of usual photos take."""
 
 Array = npt.NDArray[Any]
 Pixels = npt.NDArray[np.uint8]
