@@ -36,7 +36,7 @@ from launcher.pools import Pool, find_pool
 from launcher.preflight import prepare
 from launcher.runs import Run, Status
 from launcher.specfile import Draft
-from launcher.sweeps import Ledger, trial_run
+from launcher.sweeps import Ledger
 
 COMMON = {
     "data.uri": "sample://digits", "model.name": "test_resnet", "model.pretrained": "none",
@@ -176,7 +176,7 @@ def overhead(storage: str) -> None:
         sweep = trained(storage, f"sweep-{number}", {**MINUTE, **ALIKE})
         # A trial has what is between it and the trial before, the first all from the start of the sweep.
         ends = [sweep.read_json("attempts/0001.json")["began"], *(line["time"] for line in told(sweep, "trial_end"))]
-        clocks = [Clock.of(trial_run(sweep, at), *span) for at, span in enumerate(pairwise(ends), 1)]
+        clocks = [Clock.of(sweep.trial(at), *span) for at, span in enumerate(pairwise(ends), 1)]
         cold.append(clocks[0])
         warm += clocks[1:]
         for at, clock in enumerate(clocks, 1):

@@ -240,9 +240,9 @@ def logs(
 
 def _trial(here: Run, number: int) -> Run:
     """The run directory of a trial, or `NotFoundError`."""
-    from launcher.sweeps import Ledger, trial_run
+    from launcher.sweeps import Ledger
 
-    return trial_run(here, Ledger.load(here).trial(number).number)
+    return here.trial(Ledger.load(here).trial(number).number)
 
 
 def _ago(text: str | None) -> float | None:

@@ -155,6 +155,10 @@ class Run:
         storage, _, name = uri.rstrip("/").rpartition("/")
         return cls(storage, name, cls.at(home) if home not in ("", uri) else None)
 
+    def trial(self, number: int) -> Run:
+        """The run directory of a sweep's trial."""
+        return Run(f"{self.uri}/trials", f"{number:04d}", home=self)
+
     @property
     def uri(self) -> str:
         return self.store.uri
@@ -314,14 +318,19 @@ class Run:
         return max(checkpoint_steps(self.store), default=-1)
 
     def milestone(self) -> int:
-        """How far it has come, to be compared with later: the step of the newest checkpoint, a sweep's epochs."""
+        """How far it has come, to be compared with later: the step of the newest checkpoint, of a sweep's trials their
+        sum. What a trial has saved counts before the sweep has written it down."""
         ledger = self._json("sweep.json")
         if ledger is None:
             return self.latest_step()
         try:
-            return sum(len(trial["epochs"]) for trial in ledger["trials"])
+            told = {trial["number"]: max((epoch["step"] for epoch in trial["epochs"]), default=0)
+                    for trial in ledger["trials"]}  # fmt: skip
+            unfinished = [trial["number"] for trial in ledger["trials"] if trial["ended"] is None]
         except (TypeError, KeyError) as error:
             raise self._damaged("sweep.json", error) from error
+        saved = {number: self.trial(number).latest_step() for number in unfinished}
+        return sum(max(step, saved.get(number, 0)) for number, step in told.items())
 
     def delete(self) -> None:
         """Removes everything; spec.json goes last, so an interrupted removal is still found."""

@@ -32,7 +32,6 @@ from launcher.sweeps import (
     setting_text,
     short_names,
     spec_of,
-    trial_run,
 )
 
 TOP = 10
@@ -209,7 +208,7 @@ def _best(run: Run, best: Trial, console: Console) -> None:
     for epoch, settings in best.changes():
         say(console, "", f"from epoch {epoch} on: {_settings(settings)}")
     say(console, "again", shlex.join(command_of(spec_of(run, best))))
-    say(console, "spec", f"{trial_run(run, best.number).uri}/spec.json")
+    say(console, "spec", f"{run.trial(best.number).uri}/spec.json")
 
 
 def _settings(settings: dict[str, Any]) -> str:

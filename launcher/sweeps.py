@@ -240,15 +240,10 @@ def _losses(trial: Trial, objectives: dict[str, str]) -> tuple[float, ...]:
     return tuple(-values[key] if mode == "max" else values[key] for key, mode in objectives.items()) if values else ()
 
 
-def trial_run(sweep: Run, number: int) -> Run:
-    """The run directory of a trial."""
-    return Run(f"{sweep.uri}/trials", f"{number:04d}", home=sweep)
-
-
 def spec_of(sweep: Run, trial: Trial) -> Spec:
     """What the trial trains; made anew where its run directory is gone."""
     try:
-        return trial_run(sweep, trial.number).spec()
+        return sweep.trial(trial.number).spec()
     except NotFoundError:
         return sweep.spec().model_copy(update={"sweep": None}).updated(trial.settings)
 

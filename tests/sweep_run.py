@@ -10,7 +10,7 @@ from typing import Any
 from launcher.runs import Run, State, Status
 from launcher.space import Domain, Sweep
 from launcher.spec import Data, Model, Spec, Train
-from launcher.sweeps import Ledger, Outcome, Trial, trial_run
+from launcher.sweeps import Ledger, Outcome, Trial
 
 BEGAN = 1795460000.0
 SPACE = {
@@ -147,7 +147,7 @@ def _draw(space: dict[str, Domain], chance: random.Random) -> dict[str, Any]:
 
 def _leave(run: Run, spec: Spec, trial: Trial) -> None:
     """The files of the trial's own run directory."""
-    here = trial_run(run, trial.number)
+    here = run.trial(trial.number)
     single = spec.model_copy(update={"sweep": None, "name": None})
     here.write_json("spec.json", single.updated(trial.settings).model_dump(mode="json"))
     kept = ("epoch", "step", "lr", "train_loss", "train_top1", "images_per_second", "data_wait")
@@ -168,4 +168,4 @@ def _finish(run: Run, best: Trial, trials: int) -> None:
              "top5": last["top5"], "macro_f1": last["macro_f1"]}  # fmt: skip
     run.write_json("metrics.json", {"epochs": [], "final": final, "versions": {"raylaunch": "0.1.0", "ray": "2.60.0"}})
     run.update(result={**final, "trial": best.number, "trials": trials})
-    trial_run(run, best.number).store.write("report.html", b"<!DOCTYPE html>")
+    run.trial(best.number).store.write("report.html", b"<!DOCTYPE html>")

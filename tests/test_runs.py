@@ -214,6 +214,20 @@ def test_the_newest_whole_checkpoint_counts(run: Run) -> None:
     assert run.latest_step() == 120
 
 
+def test_a_sweep_has_come_as_far_as_its_trials_have_saved_or_told(run: Run) -> None:
+    def trial(number: int, ended: float | None, *steps: int) -> dict[str, object]:
+        return {"number": number, "ended": ended, "epochs": [{"step": step} for step in steps]}
+
+    trials = [trial(1, 9.0, 10, 20), trial(2, None, 10), trial(3, None)]
+    run.write_json("sweep.json", {"trials": trials})
+    assert run.milestone() == 30
+    run.trial(2).store.write("checkpoints/step-00000015/manifest.json", b"{}")
+    assert run.milestone() == 35, "half an epoch that was saved is a reason to try again"
+    run.trial(3).store.write("checkpoints/step-00000000/manifest.json", b"{}")
+    run.trial(1).store.write("checkpoints/step-00000020/manifest.json", b"{}")
+    assert run.milestone() == 35
+
+
 def test_a_damaged_file_is_named(run: Run) -> None:
     run.store.write("state.json", b'{"status": "RUN')
     with pytest.raises(SiteError, match="damaged") as raised:

@@ -19,7 +19,7 @@ from launcher.cli import main
 from launcher.errors import InfrastructureError
 from launcher.runs import Owner, Run, State, Status
 from launcher.show_sweep import Viewer, board, to_go
-from launcher.sweeps import Ledger, Outcome, Trial, leaderboard, leaderboard_csv, trial_run
+from launcher.sweeps import Ledger, Outcome, Trial, leaderboard, leaderboard_csv
 from tests.report_run import build as build_single
 from tests.sweep_run import BEGAN, build
 from tests.test_show import GOLDEN, MARKUP, Flaky, Stage, _journal, page, text
@@ -300,7 +300,7 @@ def test_scripts_get_all_trials_as_strict_json(storage: Path) -> None:
 def test_the_logs_of_a_trial_are_its_own(storage: Path) -> None:
     run = build(storage, name="s1")
     run.store.write("logs/driver.log", b"the driver\n")
-    trial_run(run, 7).store.write("logs/rank-1.log", b"other rank\n")
+    run.trial(7).store.write("logs/rank-1.log", b"other rank\n")
     assert launch("logs", "s1").stdout == "[driver] the driver\n"
     begins = "2026-11-23T18:53:20Z trial 7 begins"
     assert launch("logs", "s1", "--trial", "7").stdout == f"[rank-0] {begins}\n[rank-1] other rank\n"
@@ -338,7 +338,7 @@ def test_the_logs_of_a_trial_are_followed_until_the_sweep_is_over(storage: Path)
         lines = _logs(run, 9)
         assert next(lines)[1].endswith("trial 9 begins")
         assert next(lines) == ("", "")
-        trial_run(run, 9).store.write("logs/rank-0.log", b"2026-11-23T18:53:20Z trial 9 begins\nmore\n")
+        run.trial(9).store.write("logs/rank-0.log", b"2026-11-23T18:53:20Z trial 9 begins\nmore\n")
         assert next(lines) == ("rank-0", "more")
         run.update(status=Status.SUCCEEDED, ended=BEGAN)
         assert [line for line in lines if line[0]] == []
@@ -351,4 +351,4 @@ def _logs(run: Run, number: int) -> Iterator[tuple[str, str]]:
     from launcher.pools import find_pool
 
     engine = backend(find_pool("local"))
-    return stored_logs(trial_run(run, number), lambda: engine.status(run).status.final)
+    return stored_logs(run.trial(number), lambda: engine.status(run).status.final)

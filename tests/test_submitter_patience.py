@@ -18,7 +18,6 @@ from launcher.errors import SiteError
 from launcher.journal import Journal
 from launcher.runs import Run, Status
 from launcher.s3 import forget_s3_client
-from launcher.sweeps import trial_run
 from tests.ray_jobs import Dashboard
 from tests.submitting import TOKEN, Scene, Time, failure, finish, new_head, nothing, retries, seal, supervise, together
 from tests.tiny import new_run
@@ -172,7 +171,7 @@ def test_a_run_that_is_slow_is_not_idle(run: Run, head: Dashboard) -> None:
     scenes = [
         *quiet, lambda: journal.write("step", step=1), *quiet, lambda: seal(run, 5), *quiet,
         lambda: run.store.write("index.parquet", b"x"), *quiet,
-        lambda: trial_run(run, 7).store.write("progress.jsonl", b"x"), *quiet, finish(run, head),
+        lambda: run.trial(7).store.write("progress.jsonl", b"x"), *quiet, finish(run, head),
     ]  # fmt: skip
     moments = Time(*scenes)
     supervise(run, moments, idle_seconds=300)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from launcher.runs import Run, Status
-from launcher.sweeps import Ledger, Outcome, trial_run
+from launcher.sweeps import Ledger, Outcome
 from tests.sweeping import new_sweep, run_to_end
 
 pytestmark = pytest.mark.timeout(400)
@@ -43,7 +43,7 @@ def test_the_best_trial_is_exported_as_a_run_is_and_is_that_of_the_sweep(swept: 
     ledger = Ledger.load(swept)
     best = ledger.ranked()[0]
     assert ledger.best == best.number
-    mine = trial_run(swept, best.number)
+    mine = swept.trial(best.number)
     result = swept.state().result
     assert result["trial"] == best.number
     assert result["trials"] == 4
@@ -62,7 +62,7 @@ def test_every_trial_has_its_own_directory_but_index_and_first_weights_are_there
         "initial/test_resnet/checkpoints/step-00000000/manifest.json"
     ]
     for trial in Ledger.load(swept).trials:
-        mine = trial_run(swept, trial.number)
+        mine = swept.trial(trial.number)
         spec = mine.spec()
         assert spec.sweep is None
         assert spec.flat()["optim.lr"] == trial.settings["optim.lr"]

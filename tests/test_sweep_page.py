@@ -11,7 +11,7 @@ import pytest
 
 from launcher.runs import Run, State, Status
 from launcher.space import Domain
-from launcher.sweeps import Ledger, Outcome, leaderboard, trial_run
+from launcher.sweeps import Ledger, Outcome, leaderboard
 from tests.sweep_run import NAN, build
 from tests.test_report import HOSTILE, WRONG, Page, _places, _storable, _with
 from trainers import plots
@@ -237,7 +237,7 @@ def test_a_trial_has_the_ordinary_page_which_says_whose_trial_it_is(done: Run, o
     ledger.trials[1].outcome = outcome
     ledger.trials[1].error = dict(NAN) if outcome is Outcome.FAILED else None
     ledger.save(done)
-    trial = trial_run(done, 2)
+    trial = done.trial(2)
     trial.store.delete("metrics.json")  # its curves take longer than all the rest
     assert write(trial) == f"{done.uri}/trials/0002/report.html"
     page = Page(render(trial))
@@ -251,7 +251,7 @@ def test_a_trial_has_the_ordinary_page_which_says_whose_trial_it_is(done: Run, o
 
 def test_a_trial_that_was_stopped_says_why(done: Run) -> None:
     stopped = Ledger.load(done).having(Outcome.STOPPED)[0]
-    page = Page(render(trial_run(done, stopped.number)))
+    page = Page(render(done.trial(stopped.number)))
     assert stopped.reason in page.texts
     assert "svg" in page.tags
 
@@ -260,11 +260,11 @@ def test_a_trial_that_was_stopped_says_why(done: Run) -> None:
 def test_a_trial_has_a_page_also_where_files_are_damaged(done: Run, key: str) -> None:
     path = Path(done.uri, "trials", "0002", key)
     path.write_bytes(b"{")
-    assert "optim.lr" in render(trial_run(done, 2)) or key == "../../sweep.json"
+    assert "optim.lr" in render(done.trial(2)) or key == "../../sweep.json"
 
 
 def test_a_trial_that_has_left_no_file_has_a_page(done: Run) -> None:
-    trial = trial_run(done, 2)
+    trial = done.trial(2)
     trial.delete()
     page = Page(render(trial))
     assert "optim.lr" in page.texts

@@ -14,7 +14,7 @@ from launcher.backends import backend
 from launcher.journal import Lines
 from launcher.pools import find_pool
 from launcher.runs import Run, Status
-from launcher.sweeps import Ledger, Outcome, trial_run
+from launcher.sweeps import Ledger, Outcome
 from tests.contract.grounds import processes_of, until
 from tests.sweeping import new_sweep, run_to_end
 
@@ -58,7 +58,7 @@ def test_a_trial_that_waited_at_a_rung_goes_on_from_its_checkpoint_once_worse_on
     assert [len(trial.epochs) for trial in ledger.trials] == [3, 3, 1]
     assert [epoch["epoch"] for epoch in ledger.trials[1].epochs] == [1, 2, 3]
     assert (ledger.best, ledger.trials[2].reason) == (2, "not among the best 1 in 3 at epoch 1")
-    starts = [event["step"] for event in Lines(trial_run(sweep, 2).store, "progress.jsonl").events()
+    starts = [event["step"] for event in Lines(sweep.trial(2).store, "progress.jsonl").events()
               if event["event"] == "start"]  # fmt: skip
     assert starts[0] == 0 < starts[1]
     waited, worse = ledger.trials[1:]
@@ -91,7 +91,7 @@ def test_pbt_gives_a_bad_trial_the_weights_of_a_good_one_and_other_settings(tmp_
         jump = next(epoch for epoch in trial.epochs if "settings" in epoch)
         before = [epoch["top1"] for epoch in trial.epochs if epoch["epoch"] < jump["epoch"]]
         assert jump["top1"] > max(before)
-        assert trial_run(sweep, trial.number).spec().optim.lr == trial.settings["optim.lr"]
+        assert sweep.trial(trial.number).spec().optim.lr == trial.settings["optim.lr"]
 
 
 @pytest.mark.slow
@@ -117,9 +117,9 @@ def test_the_refit_sees_the_validation_images_and_says_so(tmp_path: Path) -> Non
     ledger, again = Ledger.load(sweep), Run(sweep.uri, "refit")
     assert ledger.refit is not None
     assert ledger.refit["seen"] is True
-    assert again.metrics()["epochs"][0]["step"] > trial_run(sweep, 1).metrics()["epochs"][0]["step"]
+    assert again.metrics()["epochs"][0]["step"] > sweep.trial(1).metrics()["epochs"][0]["step"]
     assert sweep.store.read("model/weights.safetensors") == again.store.read("model/weights.safetensors")
-    assert sweep.state().result["top1"] == trial_run(sweep, ledger.best or 0).metrics()["final"]["top1"]
+    assert sweep.state().result["top1"] == sweep.trial(ledger.best or 0).metrics()["final"]["top1"]
     assert "not held-out" in again.store.read("report.html").decode()
 
 
@@ -144,7 +144,7 @@ def test_a_cancelled_sweep_keeps_what_is_done_and_goes_on_where_it_was(tmp_path:
     for old, new in zip(before.trials, after.trials, strict=False):
         assert new.settings == old.settings
         assert new.epochs[: len(old.epochs)] == old.epochs, "no epoch was trained again"
-    starts = [event["step"] for event in Lines(trial_run(sweep, 1).store, "progress.jsonl").events()
+    starts = [event["step"] for event in Lines(sweep.trial(1).store, "progress.jsonl").events()
               if event["event"] == "start"]  # fmt: skip
     assert starts[0] == 0 < starts[1]
 
@@ -179,7 +179,7 @@ def test_a_trial_that_rests_leaves_its_state_behind_however_seldom_it_saves(tmp_
 
     sweep = new_sweep(tmp_path)
     Driver(sweep).prepare(sweep.spec())
-    run = trial_run(sweep, 1)
+    run = sweep.trial(1)
     spec = trial_spec(sweep.spec(), {"optim.lr": 0.05}, run)
     run.write_json("spec.json", spec.model_dump(mode="json"))
     player = Alone(run, spec, sweep.begin_attempt({}), 0)

@@ -25,7 +25,6 @@ from launcher.sweeps import (
     metric_text,
     setting_text,
     spec_of,
-    trial_run,
 )
 from tests.report_run import build as build_single
 from tests.sweep_run import build
@@ -161,12 +160,12 @@ def test_a_trial_whose_directory_is_gone_still_has_its_spec(tmp_path: Path) -> N
     run = build(tmp_path, trials=3)
     one = Ledger.load(run).trials[1]
     before = spec_of(run, one)
-    trial_run(run, 2).delete()
+    run.trial(2).delete()
     after = spec_of(run, one)
     assert after.sweep is None
     assert after.optim == before.optim
     with pytest.raises(LaunchError):
-        trial_run(run, 2).spec()
+        run.trial(2).spec()
 
 
 def test_changes_on_the_way_are_told_with_their_epoch() -> None:
@@ -197,6 +196,6 @@ def test_settings_read_well(value: Any, text: str) -> None:
 
 def test_a_trial_knows_its_sweep(tmp_path: Path) -> None:
     run = build(tmp_path, trials=3)
-    assert trial_run(run, 2).home is run
-    assert trial_run(run, 2).uri == f"{run.uri}/trials/0002"
+    assert run.trial(2).home is run
+    assert run.trial(2).uri == f"{run.uri}/trials/0002"
     assert Run.at(run.uri).uri == run.uri

@@ -20,7 +20,7 @@ from launcher.journal import Journal
 from launcher.runs import STRIKES, Run
 from launcher.space import Sweep
 from launcher.spec import Spec
-from launcher.sweeps import METRICS, Ledger, Outcome, Trial, trial_run
+from launcher.sweeps import METRICS, Ledger, Outcome, Trial
 from trainers.judge import Judge, Unstored, settings_in, told_before
 from trainers.search import Proposals, Sampler
 
@@ -80,7 +80,7 @@ class Recorder(Unstored, Callback):  # type: ignore[misc]
             if self._asked and self._asked != "cancelled":
                 for trial in self.ledger.trials:
                     if trial.outcome is Outcome.RUNNING:
-                        trial_run(self.run, trial.number).request_cancel()
+                        self.run.trial(trial.number).request_cancel()
         return bool(self._asked)
 
     def _why_over(self) -> str:
@@ -101,7 +101,7 @@ class Recorder(Unstored, Callback):  # type: ignore[misc]
 
     def proposed(self, trial: Trial) -> None:
         """A trial that Tune does not know yet."""
-        mine = trial_run(self.run, trial.number)
+        mine = self.run.trial(trial.number)
         mine.clear_cancel()
         if trial.outcome is not Outcome.INTERRUPTED:
             trial.outcome = Outcome.WAITING
@@ -232,7 +232,7 @@ class Recorder(Unstored, Callback):  # type: ignore[misc]
 
     def _tidy(self, trial: Trial) -> None:
         """Records the end in the trial's own directory, and drops what nobody will want of those before."""
-        trial_run(self.run, trial.number).set_state(trial.state())
+        self.run.trial(trial.number).set_state(trial.state())
         # Its own last checkpoint may still be on its way.
         self._prune(self._with_checkpoints)
         self._with_checkpoints.add(trial.number)
@@ -242,7 +242,7 @@ class Recorder(Unstored, Callback):  # type: ignore[misc]
         over = [trial for trial in self.ledger.ranked() if trial.outcome.final]
         wanted = {trial.number for trial in [*self.ledger.front(), *over[:1]]}
         for number in numbers - wanted:
-            store = trial_run(self.run, number).store
+            store = self.run.trial(number).store
             # The manifests go first: a checkpoint is whole or does not count.
             keys = (entry.key for entry in store.list("checkpoints/"))
             for key in sorted(keys, key=lambda key: not key.endswith("manifest.json")):

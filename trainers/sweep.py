@@ -21,7 +21,7 @@ from launcher.runs import STRIKES, Run, State, Status
 from launcher.space import Sweep
 from launcher.spec import Spec
 from launcher.storage import cache_folder
-from launcher.sweeps import Ledger, Outcome, Trial, trial_run
+from launcher.sweeps import Ledger, Outcome, Trial
 from trainers import session
 from trainers.recorder import TIME_IS_UP, Recorder
 from trainers.refit import refit
@@ -165,7 +165,7 @@ class Search:
         from trainers import report
         from trainers.fit import fit
 
-        mine = trial_run(self.run, best.number)
+        mine = self.run.trial(best.number)
         if mine.metrics().get("final") is None:
             again(lambda: fit(mine, mine.spec(), self.attempt, self.began, part="export"))
         metrics = mine.metrics()
@@ -181,7 +181,7 @@ class Search:
 
     def _refit(self, best: Trial) -> None:
         """The best settings on all images; the model is that of the sweep then, the figures stay the best trial's."""
-        mine = trial_run(self.run, best.number)
+        mine = self.run.trial(best.number)
         plan = mine.read_json("plan.json") or {}
         found = again(lambda: refit(self.run, mine.spec(), plan, self.attempt, self.began))
         if found:

@@ -25,7 +25,6 @@ from launcher.runs import Run
 from launcher.space import Sweep
 from launcher.spec import Spec
 from launcher.storage import open_store
-from launcher.sweeps import trial_run
 
 log = logging.getLogger(__name__)
 
@@ -114,7 +113,7 @@ class TrialActor(Trainable):  # type: ignore[misc]
         return {**_figures(record), "settings": json.dumps(self._settings), "done": self._player.complete()}
 
     def _open(self) -> Player:
-        run = trial_run(self._sweep, self._number)
+        run = self._sweep.trial(self._number)
         spec = trial_spec(self._sweep.spec(), self._settings, run)
         run.write_json("spec.json", spec.model_dump(mode="json"))
         several = (spec.resources.workers or 1) > 1
@@ -142,7 +141,7 @@ class TrialActor(Trainable):  # type: ignore[misc]
         if snapshot is None:
             return
         self.cleanup()
-        run = trial_run(self._sweep, self._number)
+        run = self._sweep.trial(self._number)
         mine = trial_spec(self._sweep.spec(), self._settings, run)
         save(run.store, replace(snapshot, fingerprint=mine.fingerprint()))
         for entry in list(run.store.list("checkpoints/step-")):

@@ -12,7 +12,7 @@ from launcher.backends import backend
 from launcher.journal import Lines
 from launcher.pools import find_pool
 from launcher.runs import Run, Status
-from launcher.sweeps import Ledger, Outcome, trial_run
+from launcher.sweeps import Ledger, Outcome
 from tests.contract.grounds import processes_of, until
 from tests.faults.test_kill import children, driver_of, words
 from tests.sweeping import new_sweep, run_to_end
@@ -20,10 +20,10 @@ from tests.sweeping import new_sweep, run_to_end
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
-def rungs(events: Lines) -> list[int]:
-    """Epochs of rungs that trials have come to since the last call."""
-    told = [event for event in events.events() if event["event"] == "trial_epoch"]
-    return [event["epoch"] for event in told if event["epoch"] in (1, 3)]
+def rungs(sweep: Run) -> set[tuple[int, int]]:
+    """The trials that are known to have come to a rung, and its epoch."""
+    return {(trial.number, epoch["epoch"]) for trial in Ledger.load(sweep).trials
+            for epoch in trial.epochs if epoch["epoch"] in (1, 3)}  # fmt: skip
 
 
 def begun(sweep: Run) -> list[int]:
@@ -36,15 +36,16 @@ def test_a_driver_killed_after_every_rung_in_turn_runs_no_finished_trial_again(t
     assert run_to_end(whole).status is Status.SUCCEEDED
 
     sweep = new_sweep(tmp_path, "broken", sweep__search="random", train__epochs=4)
-    local, events, kills = backend(find_pool("local")), Lines(sweep.store, "progress.jsonl"), 0
+    local, known, kills = backend(find_pool("local")), rungs(sweep), 0
     local.submit(sweep)
     done: dict[int, list[int]] = {}
     while not local.status(sweep).status.final:
-        if rungs(events) and (driver := driver_of(sweep)) is not None:
+        if rungs(sweep) > known and (driver := driver_of(sweep)) is not None:
             with contextlib.suppress(psutil.NoSuchProcess):
                 driver.kill()
                 driver.wait(30)
                 kills += 1
+            known = rungs(sweep)
             ended = [trial for trial in Ledger.load(sweep).trials if trial.outcome.final]
             done |= {trial.number: begun(sweep) for trial in ended if trial.number not in done}
     assert local.status(sweep).status is Status.SUCCEEDED
@@ -76,6 +77,6 @@ def test_a_trial_whose_process_is_killed_goes_on_from_its_checkpoint(tmp_path: P
     assert sum(trial.retries for trial in ledger.trials) == 1
     assert all([epoch["epoch"] for epoch in trial.epochs] == [1, 2, 3, 4, 5, 6] for trial in ledger.trials)
     lost = next(trial for trial in ledger.trials if trial.retries)
-    starts = [event["step"] for event in Lines(trial_run(sweep, lost.number).store, "progress.jsonl").events()
+    starts = [event["step"] for event in Lines(sweep.trial(lost.number).store, "progress.jsonl").events()
               if event["event"] == "start"]  # fmt: skip
     assert starts[-1] > 0, "it went on where it was"
