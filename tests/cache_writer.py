@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trainers.data.cache import Cache
+from trainers.data.views import View
 
 SMALL = 32 << 20
 """A budget whose segments have 1 MiB."""
@@ -30,12 +31,21 @@ def truth(number: int, most: int = 50_000) -> bytes:
     return hashlib.shake_128(str(number).encode()).digest(length)
 
 
+def put(view: View, row: int, data: bytes | npt.NDArray[np.uint8], shape: tuple[int, int] = (0, 0)) -> bool:
+    """Adds one record; whether it is kept."""
+    return bool(view.put([row], [data], [shape])[0])
+
+
 def main(folder: Path, seed: int, count: int) -> None:
-    view = Cache(folder, SMALL).view(ids_of(*range(count)))
-    for row in random.Random(seed).sample(range(count), count):
+    view = View(Cache(folder, SMALL), ids_of(*range(count)))
+    chance = random.Random(seed)
+    left = chance.sample(range(count), count)
+    while left:
+        rows = [left.pop() for _ in range(min(chance.randint(1, 4), len(left)))]
         view.refresh()
-        if view.put(row, truth(row)):
-            print(row, flush=True)
+        for row, kept in zip(rows, view.put(rows, [truth(row) for row in rows]), strict=True):
+            if kept:
+                print(row, flush=True)
 
 
 if __name__ == "__main__":

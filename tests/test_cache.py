@@ -20,9 +20,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.cache_writer import SMALL, ids_of, truth
+from tests.cache_writer import SMALL, ids_of, put, truth
 from trainers.data import segments
-from trainers.data.cache import WRITERS, Cache, View
+from trainers.data.cache import WRITERS, Cache
+from trainers.data.views import View
 
 BUDGET = 1 << 30
 
@@ -38,7 +39,7 @@ def got(view: View, row: int) -> bytes | None:
 
 def fill(view: View, rows: range, size: int = 100_000) -> int:
     """How many of the rows are kept."""
-    return sum(view.put(row, bytes([row % 256]) * size) for row in rows)
+    return sum(put(view, row, bytes([row % 256]) * size) for row in rows)
 
 
 # -- what is put is what is got
@@ -59,33 +60,33 @@ def test_a_record_is_absent_or_right_for_any_order_of_work(
     names.append(names[0])
     ids = np.frombuffer(b"".join(names), np.uint8).reshape(-1, 16)
     content = {name: data[number] for number, name in enumerate(names)}
-    put: set[bytes] = set()
+    known: set[bytes] = set()
     with TemporaryDirectory() as folder:
         caches = [Cache(Path(folder), SMALL) for _ in range(2)]
-        views = [cache.view(ids) for cache in (*caches, caches[0])]
+        views = [View(cache, ids) for cache in (*caches, caches[0])]
         for what, who, row in operations:
             row %= len(names)
             if what == "put":
-                assert views[who].put(row, content[names[row]], (row, 1))
-                put.add(names[row])
+                assert put(views[who], row, content[names[row]], (row, 1))
+                known.add(names[row])
                 assert got(views[who], row) == content[names[row]]
             elif what == "refresh":
                 views[who].refresh()
-                assert views[who].held(np.arange(len(names))).tolist() == [name in put for name in names]
+                assert views[who].held(np.arange(len(names))).tolist() == [name in known for name in names]
             else:
-                views[who] = Cache(Path(folder), SMALL).view(ids[::-1].copy()[::-1])
+                views[who] = View(Cache(Path(folder), SMALL), ids[::-1].copy()[::-1])
         for view in views:
             view.refresh()
             for row, name in enumerate(names):
-                assert got(view, row) == (content[name] if name in put else None)
+                assert got(view, row) == (content[name] if name in known else None)
 
 
 def test_an_address_leads_to_the_record(tmp_path: Path) -> None:
-    view = Cache(tmp_path, BUDGET).view(ids_of(*range(6)))
+    view = View(Cache(tmp_path, BUDGET), ids_of(*range(6)))
     pixels = [np.full((row + 1, 3, 3), row, np.uint8) for row in range(4)]
-    assert all(view.put(row, image, image.shape[:2]) for row, image in enumerate(pixels))
+    assert all(put(view, row, image, image.shape[:2]) for row, image in enumerate(pixels))
     rows = np.array([3, 5, 0, 3])
-    for other in (view, Cache(tmp_path, BUDGET).view(ids_of(*range(6)))):
+    for other in (view, View(Cache(tmp_path, BUDGET), ids_of(*range(6)))):
         addresses, shapes = other.locate(rows)
         assert (addresses.dtype.str, shapes.dtype.str) == ("<u8", "<i4")
         assert addresses[1] == 0
@@ -99,10 +100,10 @@ def test_an_address_leads_to_the_record(tmp_path: Path) -> None:
 def test_a_view_costs_less_than_fifty_bytes_a_row(tmp_path: Path) -> None:
     ids = np.random.default_rng(0).integers(0, 256, (200_000, 16), np.uint8)
     cache = Cache(tmp_path, BUDGET)
-    first = cache.view(ids)
-    assert all(first.put(row, b"something") for row in range(100))
+    first = View(cache, ids)
+    assert all(put(first, row, b"something") for row in range(100))
     tracemalloc.start()
-    view = cache.view(ids)
+    view = View(cache, ids)
     used, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert view.held(np.arange(len(ids))).sum() == 100
@@ -110,8 +111,8 @@ def test_a_view_costs_less_than_fifty_bytes_a_row(tmp_path: Path) -> None:
 
 
 def test_without_a_budget_nothing_is_kept(tmp_path: Path) -> None:
-    view = Cache(tmp_path / "cache", 0).view(ids_of(1))
-    assert not view.put(0, b"data")
+    view = View(Cache(tmp_path / "cache", 0), ids_of(1))
+    assert not put(view, 0, b"data")
     assert got(view, 0) is None
     with view.claim(0):
         view.refresh()
@@ -119,11 +120,11 @@ def test_without_a_budget_nothing_is_kept(tmp_path: Path) -> None:
 
 
 def test_threads_write_and_read_together(tmp_path: Path) -> None:
-    view = Cache(tmp_path, SMALL).view(ids_of(*range(200)))
+    view = View(Cache(tmp_path, SMALL), ids_of(*range(200)))
 
     def work(seed: int) -> None:
         for row in random.Random(seed).sample(range(200), 200):
-            view.put(row, truth(row))
+            put(view, row, truth(row))
             assert got(view, row) == truth(row)
 
     threads = [threading.Thread(target=work, args=[seed]) for seed in range(8)]
@@ -131,7 +132,7 @@ def test_threads_write_and_read_together(tmp_path: Path) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert [got(Cache(tmp_path, SMALL).view(ids_of(*range(200))), row) for row in range(200)] == [
+    assert [got(View(Cache(tmp_path, SMALL), ids_of(*range(200))), row) for row in range(200)] == [
         truth(row) for row in range(200)
     ]
     begun = segments.names(tmp_path / segments.FORMAT)
@@ -149,8 +150,8 @@ DAMAGE = st.tuples(st.sampled_from(["cut", "flip", "append"]), st.sampled_from([
 def test_damage_costs_records_but_never_serves_a_wrong_byte(damages: list[tuple[str, str, float]], junk: bytes) -> None:
     ids = ids_of(*range(20))
     with TemporaryDirectory() as folder:
-        view = Cache(Path(folder), SMALL).view(ids)
-        assert all(view.put(row, truth(row, 9_000)) for row in range(20))
+        view = View(Cache(Path(folder), SMALL), ids)
+        assert all(put(view, row, truth(row, 9_000)) for row in range(20))
         size = sum(len(truth(row, 9_000)) for row in range(20))
         for what, suffix, place in damages:
             (path,) = files(Path(folder), suffix)
@@ -168,33 +169,33 @@ def test_damage_costs_records_but_never_serves_a_wrong_byte(damages: list[tuple[
                     file.write(bytes([old[0] ^ 0x10]))
         del view
         for _ in range(2):
-            view = Cache(Path(folder), SMALL).view(ids)
+            view = View(Cache(Path(folder), SMALL), ids)
             for row in range(20):
                 assert got(view, row) in (None, truth(row, 9_000))
-                assert view.put(row, truth(row, 9_000))
+                assert put(view, row, truth(row, 9_000))
                 assert got(view, row) == truth(row, 9_000)
         # What was mended stays so for the next process.
-        assert all(Cache(Path(folder), SMALL).view(ids).held(np.arange(20)))
+        assert all(View(Cache(Path(folder), SMALL), ids).held(np.arange(20)))
 
 
 def test_a_record_found_damaged_is_not_tried_by_the_next_process(tmp_path: Path) -> None:
-    assert Cache(tmp_path, BUDGET).view(ids_of(1)).put(0, b"x" * 5000)
+    assert put(View(Cache(tmp_path, BUDGET), ids_of(1)), 0, b"x" * 5000)
     (path,) = files(tmp_path, "dat")
     with open(path, "r+b") as file:
         file.write(b"y")
-    view = Cache(tmp_path, BUDGET).view(ids_of(1))
+    view = View(Cache(tmp_path, BUDGET), ids_of(1))
     assert view.held(np.arange(1)).all()
     assert got(view, 0) is None
-    assert not Cache(tmp_path, BUDGET).view(ids_of(1)).held(np.arange(1)).any()
-    assert view.put(0, b"x" * 5000)
-    assert got(Cache(tmp_path, BUDGET).view(ids_of(1)), 0) == b"x" * 5000
+    assert not View(Cache(tmp_path, BUDGET), ids_of(1)).held(np.arange(1)).any()
+    assert put(view, 0, b"x" * 5000)
+    assert got(View(Cache(tmp_path, BUDGET), ids_of(1)), 0) == b"x" * 5000
 
 
 def test_another_format_is_not_read(tmp_path: Path) -> None:
-    assert Cache(tmp_path, BUDGET).view(ids_of(1)).put(0, b"data")
+    assert put(View(Cache(tmp_path, BUDGET), ids_of(1)), 0, b"data")
     (folder,) = tmp_path.iterdir()
     folder.rename(tmp_path / "v0")
-    assert got(Cache(tmp_path, BUDGET).view(ids_of(1)), 0) is None
+    assert got(View(Cache(tmp_path, BUDGET), ids_of(1)), 0) is None
 
 
 def writer(folder: Path, seed: int, count: int) -> subprocess.Popen[bytes]:
@@ -215,7 +216,7 @@ def survives(folder: Path, kills: int, count: int) -> None:
             known |= {int(line) for line in process.stdout.read().split(b"\n") if line}
             process.stdout.close()
             process.wait()
-        view = Cache(folder, SMALL).view(ids_of(*range(count)))
+        view = View(Cache(folder, SMALL), ids_of(*range(count)))
         found = {row for row in range(count) if (data := got(view, row)) is not None and data == truth(row)}
         assert view.held(np.arange(count)).sum() == len(found)
         assert known <= found
@@ -225,7 +226,7 @@ def survives(folder: Path, kills: int, count: int) -> None:
     with writer(folder, 99, count) as last:
         assert last.stdout is not None
         assert len(last.stdout.read().split()) == count
-    assert all(got(Cache(folder, SMALL).view(ids_of(*range(count))), row) == truth(row) for row in range(count))
+    assert all(got(View(Cache(folder, SMALL), ids_of(*range(count))), row) == truth(row) for row in range(count))
     # A segment that a dead process left is taken over: they are no more than the records need, and one a writer.
     assert len(files(folder, "dat")) <= sum(len(truth(row)) for row in range(count)) / (1 << 20) * 1.2 + 3
 
@@ -243,7 +244,7 @@ def test_fifty_kills_leave_a_cache_that_serves_and_grows(tmp_path: Path) -> None
 
 
 def test_what_does_not_fit_is_not_kept_and_chases_nothing_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    view = Cache(tmp_path, SMALL).view(ids_of(*range(500)))
+    view = View(Cache(tmp_path, SMALL), ids_of(*range(500)))
     with caplog.at_level(logging.WARNING):
         kept = fill(view, range(500))
     assert 0.9 * SMALL < kept * 100_000 <= SMALL
@@ -253,22 +254,22 @@ def test_what_does_not_fit_is_not_kept_and_chases_nothing_out(tmp_path: Path, ca
         f"{tmp_path / 'v1'} holds 0.0 GB, all in use: more is not kept there"
     ]
     # The next epoch, in this process or another, finds the same ones.
-    again = Cache(tmp_path, SMALL).view(ids_of(*range(500)))
-    assert not again.put(kept, b"x" * 100_000)
+    again = View(Cache(tmp_path, SMALL), ids_of(*range(500)))
+    assert not put(again, kept, b"x" * 100_000)
     assert all(got(again, row) == bytes([row % 256]) * 100_000 for row in range(kept))
 
 
 def test_the_longest_unused_goes_first_and_what_is_in_use_stays(tmp_path: Path) -> None:
     for run in range(3):
-        assert fill(Cache(tmp_path, SMALL).view(ids_of(*range(run * 80, run * 80 + 80))), range(80)) == 80
+        assert fill(View(Cache(tmp_path, SMALL), ids_of(*range(run * 80, run * 80 + 80))), range(80)) == 80
         for path in files(tmp_path, "dat"):
             if os.stat(path).st_mtime > 1e6:
                 os.utime(path, (run, run))
-    in_use = Cache(tmp_path, SMALL).view(ids_of(*range(80)))
+    in_use = View(Cache(tmp_path, SMALL), ids_of(*range(80)))
     assert in_use.held(np.arange(80)).all()
-    assert fill(Cache(tmp_path, SMALL).view(ids_of(*range(240, 400))), range(160)) == 160
+    assert fill(View(Cache(tmp_path, SMALL), ids_of(*range(240, 400))), range(160)) == 160
     assert all(got(in_use, row) is not None for row in range(80))
-    left = Cache(tmp_path, SMALL).view(ids_of(*range(400))).held(np.arange(400))
+    left = View(Cache(tmp_path, SMALL), ids_of(*range(400))).held(np.arange(400))
     assert left[:80].all()
     assert left[240:].all()
     assert left[80:160].sum() < left[160:240].sum()
@@ -276,9 +277,9 @@ def test_the_longest_unused_goes_first_and_what_is_in_use_stays(tmp_path: Path) 
 
 
 def test_a_record_larger_than_a_segment_is_not_kept(tmp_path: Path) -> None:
-    view = Cache(tmp_path, SMALL).view(ids_of(1, 2))
-    assert not view.put(0, bytes((1 << 20) + 1))
-    assert view.put(1, bytes(1 << 20))
+    view = View(Cache(tmp_path, SMALL), ids_of(1, 2))
+    assert not put(view, 0, bytes((1 << 20) + 1))
+    assert put(view, 1, bytes(1 << 20))
     assert got(view, 1) == bytes(1 << 20)
 
 
@@ -296,10 +297,10 @@ def full_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_is_told_once_and_what_is_there_is_served(
     full_disk: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    view = Cache(full_disk, SMALL).view(ids_of(*range(50)))
-    kept = [row for row in range(50) if view.put(row, bytes([row]) * 50_000)]
+    view = View(Cache(full_disk, SMALL), ids_of(*range(50)))
+    kept = [row for row in range(50) if put(view, row, bytes([row]) * 50_000)]
     assert 5 < len(kept) < 11
-    for other in (view, Cache(full_disk, SMALL).view(ids_of(*range(50)))):
+    for other in (view, View(Cache(full_disk, SMALL), ids_of(*range(50)))):
         assert [row for row in range(50) if got(other, row) == bytes([row]) * 50_000] == kept
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "No space left on device" in caplog.text
@@ -308,16 +309,16 @@ def test_a_full_disk_is_told_once_and_what_is_there_is_served(
 
 def test_an_unusable_folder_keeps_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").write_text("")
-    view = Cache(tmp_path / "file", SMALL).view(ids_of(1))
+    view = View(Cache(tmp_path / "file", SMALL), ids_of(1))
     with view.claim(0):
-        assert not view.put(0, b"data")
+        assert not put(view, 0, b"data")
     view.refresh()
     assert got(view, 0) is None
     assert len(caplog.records) == 1
 
 
 def test_a_folder_removed_under_a_running_process_is_no_trouble(tmp_path: Path) -> None:
-    view = Cache(tmp_path / "cache", SMALL).view(ids_of(*range(60)))
+    view = View(Cache(tmp_path / "cache", SMALL), ids_of(*range(60)))
     assert fill(view, range(5)) == 5
     assert got(view, 0) is not None
     shutil.rmtree(tmp_path / "cache")
@@ -327,25 +328,26 @@ def test_a_folder_removed_under_a_running_process_is_no_trouble(tmp_path: Path) 
     assert fill(view, range(60)) == 60
     assert all(got(view, row) == bytes([row]) * 100_000 for row in range(60))
     # Segments that are begun after the loss are there for others again.
-    assert Cache(tmp_path / "cache", SMALL).view(ids_of(*range(60))).held(np.arange(60)).any()
+    assert View(Cache(tmp_path / "cache", SMALL), ids_of(*range(60))).held(np.arange(60)).any()
 
 
 def test_a_forked_child_does_not_write_where_its_parent_does(tmp_path: Path) -> None:
     code = """
 import os, sys
 from pathlib import Path
-from tests.cache_writer import SMALL, ids_of
+from tests.cache_writer import SMALL, ids_of, put
 from trainers.data.cache import Cache
-view = Cache(Path(sys.argv[1]), SMALL).view(ids_of(*range(40)))
-view.put(0, b"parent" * 1000)
+from trainers.data.views import View
+view = View(Cache(Path(sys.argv[1]), SMALL), ids_of(*range(40)))
+put(view, 0, b"parent" * 1000)
 child = os.fork()
 for row in range(1, 20):
-    assert view.put(row + (0 if child else 20), (b"parent" if child else b"child ") * 1000)
+    assert put(view, row + (0 if child else 20), (b"parent" if child else b"child ") * 1000)
 if child:
     assert os.waitpid(child, 0)[1] == 0
 """
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, timeout=60)
-    view = Cache(tmp_path, SMALL).view(ids_of(*range(40)))
+    view = View(Cache(tmp_path, SMALL), ids_of(*range(40)))
     assert all(got(view, row) == b"parent" * 1000 for row in range(20))
     assert all(got(view, row) == b"child " * 1000 for row in range(21, 40))
 
@@ -354,7 +356,7 @@ if child:
 
 
 def test_one_thread_at_a_time_holds_a_claim_and_others_pass(tmp_path: Path) -> None:
-    views = [Cache(tmp_path, SMALL).view(ids_of(1, 2)) for _ in range(2)]
+    views = [View(Cache(tmp_path, SMALL), ids_of(1, 2)) for _ in range(2)]
     inside, most, count = 0, 0, 0
 
     def work(view: View) -> None:
@@ -381,7 +383,8 @@ import sys
 from pathlib import Path
 from tests.cache_writer import SMALL, ids_of
 from trainers.data.cache import Cache
-with Cache(Path(sys.argv[1]), SMALL).view(ids_of(1)).claim(0):
+from trainers.data.views import View
+with View(Cache(Path(sys.argv[1]), SMALL), ids_of(1)).claim(0):
     print("held", flush=True)
     sys.stdin.read()
 print("freed", flush=True)
@@ -389,7 +392,7 @@ print("freed", flush=True)
 
 
 def test_a_claim_is_freed_by_the_death_of_its_holder(tmp_path: Path) -> None:
-    view = Cache(tmp_path, SMALL).view(ids_of(1))
+    view = View(Cache(tmp_path, SMALL), ids_of(1))
     command = [sys.executable, "-c", HOLDER, str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
         assert holder.stdout is not None

@@ -15,10 +15,11 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from trainers.data.cache import Cache, Rows, room
+from trainers.data.cache import Cache, room
 from trainers.data.images import BadImage, Pixels, Reduction, pixels
 from trainers.data.kernel import Ints, Words
 from trainers.data.source import Source, default_cache
+from trainers.data.views import Rows, View
 
 FORMAT = "rgb8-1"
 """How pixels are made and laid out; another name where the result of the same file and rule changes."""
@@ -65,7 +66,7 @@ class Decoded:
         folder = folder or default_cache()
         self._cache = Cache(folder / STORE, default_budget(folder) if budget is None else budget)
         rule = hashlib.blake2b(f"{FORMAT} {reduction.name}".encode(), digest_size=16).digest()
-        self._view = self._cache.view(source.index.ids ^ np.frombuffer(rule, np.uint8))
+        self._view = View(self._cache, source.index.ids ^ np.frombuffer(rule, np.uint8))
 
     def absent(self, rows: Rows) -> Rows:
         """Those of the rows whose pixels are not in the store, as far as is known without looking."""
@@ -85,37 +86,40 @@ class Decoded:
         absent = np.flatnonzero(addresses == 0)
         self.counts.add(pixels_held=len(rows) - len(absent))
         taken = Taken(addresses, shapes, [])
-        for place in absent.tolist():
-            self._add(taken, place, int(rows[place]))
+        if len(absent):
+            self._add(taken, absent, rows)
         return taken
 
-    def _add(self, taken: Taken, place: int, row: int) -> None:
-        if row in self.bad:
-            return
-        data = self.source.read(row)
+    def _add(self, taken: Taken, absent: Rows, rows: Rows) -> None:
+        """The images at these places."""
+        files = {place: self.source.read(rows[place]) for place in absent.tolist() if rows[place] not in self.bad}
         if not self._cache.keeping:
-            self._decode(taken, place, row, data)
+            self._decode(taken, files, rows)
             return
-        # Whoever else wants this image on this node waits, and then finds it decoded.
-        with self._view.claim(row):
+        # Whoever else wants these images on this node, in the same order as most do, waits and then finds them decoded.
+        with self._view.claim(int(rows[0])):
             self._view.refresh()
-            address, shape = self._view.locate(np.array([row]))
-            if address[0]:
-                taken.addresses[place], taken.shapes[place] = address[0], shape[0]
-            else:
-                self._decode(taken, place, row, data)
+            places = np.array(list(files), np.int64)
+            taken.addresses[places], taken.shapes[places] = self._view.locate(rows[places])
+            missing = {place: files[place] for place in files if not taken.addresses[place]}
+            images = self._decode(taken, missing, rows)
+            self._view.put([int(rows[place]) for place in images], list(images.values()),
+                           taken.shapes[list(images)])  # fmt: skip
 
-    def _decode(self, taken: Taken, place: int, row: int, data: bytes | memoryview) -> None:
+    def _decode(self, taken: Taken, files: dict[int, bytes | memoryview], rows: Rows) -> dict[int, Pixels]:
+        """Decodes files by place in the rows; the images of those that can be read."""
+        found: dict[int, Pixels] = {}
         began = time.thread_time()
-        try:
-            image = pixels(data, self._reduction)
-        except BadImage as error:
-            self.bad[row] = str(error)
-            return
-        self.counts.add(decoded=1, decode_seconds=time.thread_time() - began)
-        taken.addresses[place], taken.shapes[place] = image.ctypes.data, image.shape[:2]
-        taken.decoded.append(image)
-        self._view.put(row, image, (image.shape[0], image.shape[1]))
+        for place, data in files.items():
+            try:
+                image = found[place] = pixels(data, self._reduction)
+            except BadImage as error:
+                self.bad[int(rows[place])] = str(error)
+                continue
+            taken.addresses[place], taken.shapes[place] = image.ctypes.data, image.shape[:2]
+            taken.decoded.append(image)
+        self.counts.add(decoded=len(found), decode_seconds=time.thread_time() - began)
+        return found
 
 
 def default_budget(folder: Path) -> int:

@@ -16,7 +16,7 @@ import os
 import struct
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,12 +33,17 @@ ENTRY = np.dtype(
 """What `NAME.idx` is a row of: where a record lies in `NAME.dat`, its xxh3-64, and the entry's own check."""
 
 Entries = npt.NDArray[np.void]
+Ids = npt.NDArray[np.bytes_]
+"""Names of records, S16 [n]."""
 
 SEALED = -1
 """Height of the entry that ends a segment: nothing is added after it."""
 
 LARGEST = 30
 """A segment has at most 2**30 bytes: few enough of them for a process to map a terabyte, and offsets fit 32 bits."""
+
+MOST_AT_ONCE = 1024
+"""Pieces that Linux and macOS write by one call."""
 
 _WEIGHTS = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0xD6E8FEB86659FD93,
                      0xA0761D6478BD642F], np.uint64)  # fmt: skip
@@ -187,35 +192,51 @@ class Writer:
         """Whether somebody removed the files."""
         return not os.fstat(self._data).st_nlink or not os.fstat(self._entries).st_nlink
 
-    def fits(self, length: int) -> bool:
-        """Whether there is room for so many bytes."""
-        return self._next + length <= self._size
+    def room(self, lengths: Sequence[int]) -> int:
+        """How many records of these lengths there is room for, and can be added at once."""
+        ends = self._next + np.cumsum(lengths[:MOST_AT_ONCE])
+        return int(np.searchsorted(ends, self._size, "right"))
 
-    def add(self, record: bytes, data: memoryview, shape: tuple[int, int]) -> Entries:
-        """Writes a record that `fits`, and only then makes it known; returns its entry. `OSError` leaves a gap."""
-        offset, self._next = self._next, self._next + len(data)
-        digest, rest, at = xxh3_64_intdigest(data), data, offset
-        while rest:
-            written = os.pwrite(self._data, rest, at)
-            rest, at = rest[written:], at + written
-        entry = new_entry(record, offset, len(data), shape, digest)
-        self._append(entry)
-        return entry
+    def add(self, ids: Ids, data: Sequence[memoryview], shapes: npt.ArrayLike) -> Entries:
+        """Writes records that there is `room` for, and only then makes them known; returns their entries.
+
+        Raises:
+            OSError: and leaves a gap.
+        """
+        lengths = np.array([len(each) for each in data])
+        ends = self._next + np.cumsum(lengths)
+        entries = new_entries(ids, ends - lengths, lengths, shapes, [xxh3_64_intdigest(each) for each in data])
+        at, self._next = self._next, int(ends[-1])
+        left = list(data)
+        while left:
+            written = os.pwritev(self._data, left, at)
+            at += written
+            while left and written >= len(left[0]):
+                written -= len(left.pop(0))
+            if written:
+                left[0] = left[0][written:]
+        self._append(entries)
+        return entries
 
     def seal(self) -> None:
         """Ends the segment: nobody will add to it again."""
-        self._append(new_entry(b"", 0, 0, (SEALED, 0), 0))
+        self._append(new_entries(np.zeros(1, "S16"), [0], [0], [(SEALED, 0)], [0]))
 
-    def _append(self, entry: Entries) -> None:
-        os.pwrite(self._entries, entry.tobytes(), self.count * ENTRY.itemsize)
-        self.count += 1
+    def _append(self, entries: Entries) -> None:
+        os.pwrite(self._entries, entries.tobytes(), self.count * ENTRY.itemsize)
+        self.count += len(entries)
 
 
-def new_entry(name: bytes, offset: int, length: int, shape: tuple[int, int], digest: int) -> Entries:
-    """An entry with its check, an array of one."""
-    entry = np.array([(name, offset, length, *shape, digest, 0)], ENTRY)
-    entry["check"] = check(entry)
-    return entry
+def new_entries(
+    ids: Ids, offsets: npt.ArrayLike, lengths: npt.ArrayLike, shapes: npt.ArrayLike, digests: Sequence[int]
+) -> Entries:
+    """Entries with their checks."""
+    entries = np.zeros(len(ids), ENTRY)
+    entries["id"], entries["offset"], entries["length"] = ids, offsets, lengths
+    entries["height"], entries["width"] = np.asarray(shapes, np.int32).T
+    entries["digest"] = np.array(digests, np.uint64)
+    entries["check"] = check(entries)
+    return entries
 
 
 def strike(folder: Path, name: str, record: bytes, offset: int) -> None:

@@ -24,11 +24,12 @@ import numpy.typing as npt
 
 from launcher.errors import DataError
 from launcher.storage import Store, cache_folder, open_store
-from trainers.data.cache import Cache, Rows, View, room
+from trainers.data.cache import Cache, room
 from trainers.data.counts import Counts
 from trainers.data.fetch import Bucket
 from trainers.data.index import Index, Place
 from trainers.data.parquet import Groups, group_of
+from trainers.data.views import Rows, View
 
 REQUESTS = 48
 """Requests to S3 at once: at 50 ms each, a thousand small images a second."""
@@ -68,7 +69,7 @@ class Source:
         if self._cached.any():
             folder = (folder or default_cache()) / "files"
             self._cache = Cache(folder, room(folder) // 2 if budget is None else budget)
-            self._view = self._cache.view(index.ids)
+            self._view = View(self._cache, index.ids)
         self._stores: dict[str, Store] = {}
         self._buckets: dict[str, Bucket] = {}
         self._groups: dict[str, Groups] = {}
@@ -207,9 +208,9 @@ class Source:
             if not len(rows):
                 return {}
             came = self._get(rows)
-            kept = {row for row, data in came.items() if self._view.put(row, data)}
+            kept = self._view.put(list(came), list(came.values()))
         # What is kept would only take memory until it is used.
-        return {row: data for row, data in came.items() if row not in kept}
+        return {row: came[row] for row, held in zip(list(came), kept.tolist(), strict=True) if not held}
 
     def _get(self, rows: Rows) -> dict[int, Data]:
         """The files of some rows of one chunk, by one request."""
