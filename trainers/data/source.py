@@ -37,7 +37,7 @@ LOOKAHEAD = 64 << 20
 """Bytes of files that are on their way, or have come and wait for their use without having been kept."""
 IN_FLIGHT = 64 << 20
 """Bytes that are asked for and not yet there: of large parts fewer are on their way at once."""
-CHUNK = 8 << 20
+CHUNK = 4 << 20
 """Of an object that holds many images, about so many bytes are fetched at once."""
 MOST_AHEAD = 1024
 """Groups that wait in `Source.ahead`."""
