@@ -1,7 +1,7 @@
 """What a node's cache holds of some records, by row: found in its log, checked, and added to it.
 
-A record is checked against its xxh3 before its first use in a process, so a wrong byte is never handed out. It knows
-nothing of images, S3 and indexes.
+A record that another process wrote is checked against its xxh3 before its first use, so a wrong byte is never handed
+out. It knows nothing of images, S3 and indexes.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class View:
         return found
 
     def get(self, row: int) -> memoryview | None:
-        """The record of a row, or None. It is checked the first time; a damaged one counts as absent."""
+        """The record of a row, or None. It is checked before its first use; a damaged one counts as absent."""
         if not self._address[row] and not self._verify(row):
             return None
         segment = self._cache.segment(int(self._segment[row]))
@@ -105,9 +105,13 @@ class View:
                 number = None if self._twins else self._cache.use(name)
                 if number is None:
                     self._learn(name, entries)
-                else:
-                    absent = self._segment[wanted[new[part]]] < 0
-                    self._note(wanted[new[part]][absent], entries[absent], number)
+                    continue
+                absent = self._segment[wanted[new[part]]] < 0
+                added, entries = wanted[new[part]][absent], entries[absent]
+                self._note(added, entries, number)
+                segment = self._cache.segment(number)
+                if segment is not None:  # what was just written need not be checked
+                    self._address[added] = segment.address + entries["offset"].astype(np.uint64)
         return kept
 
     def claim(self, row: int) -> AbstractContextManager[None]:
