@@ -32,8 +32,8 @@ SHORTEST, LONGEST = timedelta(seconds=0.1), timedelta(seconds=5)
 """Pauses before the first of them and at most."""
 PART = 1 << 18
 """Bytes at least that are copied at once of what is longer."""
-KEPT = 1 << 25
-"""Bytes of memory for long ranges that are kept for later ones."""
+KEPT = 48 << 20
+"""Bytes of memory for long ranges that are kept for later ones: of all that a source has on their way at once."""
 
 
 class Bucket:

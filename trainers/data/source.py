@@ -35,7 +35,7 @@ REQUESTS = 48
 """Requests to S3 at once: at 50 ms each, a thousand small images a second."""
 LOOKAHEAD = 64 << 20
 """Bytes of files that are on their way, or have come and wait for their use without having been kept."""
-IN_FLIGHT = 64 << 20
+IN_FLIGHT = 48 << 20
 """Bytes that are asked for and not yet there: of large parts fewer are on their way at once."""
 CHUNK = 4 << 20
 """Of an object that holds many images, about so many bytes are fetched at once."""

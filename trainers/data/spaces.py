@@ -7,6 +7,7 @@ megabytes in which nothing is, or waits for each page anew.
 from __future__ import annotations
 
 import math
+import mmap
 import threading
 import weakref
 from collections import defaultdict
@@ -47,7 +48,8 @@ class Spaces:
             if self._free[size]:
                 self._kept -= size
                 return self._free[size].pop()
-        return np.empty(size, np.uint8)
+        # Not from malloc, which would not give back to the kernel what is too much to be kept here.
+        return np.frombuffer(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8)
 
     def _back(self, whole: Bytes) -> None:
         with self._lock:
