@@ -15,6 +15,16 @@ from launcher.storage import Appender, Cursor, Entry, changed
 
 SEGMENT_BYTES = 64 * 1024
 """Size at which a journal on S3 starts a new object: each flush rewrites at most this much."""
+NEEDED = {
+    "GetObject": "s3:GetObject and s3:ListBucket",
+    "ListObjectsV2": "s3:ListBucket",
+    "PutObject": "s3:PutObject",
+    "CreateMultipartUpload": "s3:PutObject",
+    "UploadPart": "s3:PutObject",
+    "CompleteMultipartUpload": "s3:PutObject",
+    "DeleteObject": "s3:DeleteObject",
+}
+"""What a user has to be allowed for an operation. Without s3:ListBucket, S3 refuses an object that is not there."""
 
 
 class S3Store:
@@ -206,10 +216,7 @@ def forget_s3_client() -> None:
 
 
 class s3_errors:
-    """Turns errors of S3 into ours, in one place; a missing object becomes `FileNotFoundError`.
-
-    As a context it does so with botocore's own; `answered` and `unanswered` serve other clients.
-    """
+    """Turns botocore's errors into ours, in one place; a missing object becomes `FileNotFoundError`."""
 
     def __init__(self, store: S3Store, key: str) -> None:
         self.where = f"{store.uri}/{key}" if key else store.uri
@@ -228,10 +235,11 @@ class s3_errors:
             answer = error if isinstance(error, ClientError) else error.__context__
             if isinstance(answer, ClientError):
                 code = answer.response["Error"]["Code"]
-                raise self.answered(code, answer.response["Error"].get("Message", code)) from error
+                message = answer.response["Error"].get("Message", code)
+                raise self._answered(code, message, answer.operation_name) from error
             raise self._not_sent(error) from error
 
-    def answered(self, code: str, message: str) -> Exception:
+    def _answered(self, code: str, message: str, operation: str) -> Exception:
         """The error for an answer of S3 with this code, such as NoSuchKey, or the number of the status without one."""
         if code in ("NoSuchKey", "404", "NotFound"):
             return FileNotFoundError(self.where)
@@ -253,17 +261,11 @@ class s3_errors:
         if code in ("AccessDenied", "403", "Forbidden", "AllAccessDisabled"):
             return SiteError(
                 f"S3 refuses access ({code})", where=self.where,
-                hint=f"the credentials in use need s3:GetObject and s3:ListBucket on {self.bucket};"
+                hint=f"the credentials in use need {NEEDED.get(operation, NEEDED['GetObject'])} on {self.bucket};"
                 " aws sts get-caller-identity shows whose they are",
             )  # fmt: skip
         return InfrastructureError(
             f"S3 answered {code}: {message}", where=self.where, hint="try again, or resume the run"
-        )
-
-    def unanswered(self, message: str) -> LaunchError:
-        """The error for a request that got no answer."""
-        return InfrastructureError(
-            " ".join(message.split()), where=self.where, hint="check the network and AWS_ENDPOINT_URL"
         )
 
     def _not_sent(self, error: Exception) -> LaunchError:
@@ -274,4 +276,7 @@ class s3_errors:
             return SiteError(str(error), where=self.where, hint="set AWS_PROFILE, or run aws configure")
         if name == "ParamValidationError" or not isinstance(error, BotoCoreError):
             return UserError(" ".join(str(error).split()), where=self.where, hint="write s3://bucket/prefix")
-        return self.unanswered(str(error))
+        settings = "AWS_ENDPOINT_URL and AWS_CA_BUNDLE" if name == "SSLError" else "AWS_ENDPOINT_URL"
+        return InfrastructureError(
+            " ".join(str(error).split()), where=self.where, hint=f"check the network and {settings}"
+        )

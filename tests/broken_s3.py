@@ -7,7 +7,10 @@ import re
 import threading
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
+
+from tests.scripted import secure
 
 CODES = {
     "NoSuchKey": 404, "PreconditionFailed": 412, "AccessDenied": 403, "ExpiredToken": 400, "InternalError": 500,
@@ -17,6 +20,9 @@ CODES = {
 
 class BrokenS3:
     """The server; `with` starts and stops it.
+
+    Args:
+        certificate: the file with a key and a certificate by which it speaks TLS, if it is to.
 
     Attributes:
         url: its address.
@@ -28,7 +34,7 @@ class BrokenS3:
         lifetime: of the credentials that it gives out at `/credentials`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, certificate: Path | None = None) -> None:
         self.objects: dict[str, bytes] = {}
         self.faults: dict[str, list[str]] = {}
         self.region = ""
@@ -39,7 +45,9 @@ class BrokenS3:
         server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"s3": self}))
         server.daemon_threads = True
         self._server = server
-        self.url = f"http://127.0.0.1:{server.server_port}"
+        self.url = f"http{'s' if certificate else ''}://127.0.0.1:{server.server_port}"
+        if certificate:
+            secure(server, certificate)
 
     def __enter__(self) -> BrokenS3:
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()

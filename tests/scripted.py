@@ -58,9 +58,7 @@ class Scripted:
         self._server.handle_error = lambda *_: None  # type: ignore[method-assign]  # a client that does not trust it
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         if certificate is not None:
-            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            context.load_cert_chain(certificate)
-            self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
+            secure(self._server, certificate)
             self.url = self.url.replace("http", "https")
 
     def __enter__(self) -> Scripted:
@@ -83,27 +81,38 @@ def kubeconfig(path: Path, url: str, user: dict[str, Any] | None = None, **more:
     return path
 
 
+def secure(server: ThreadingHTTPServer, certificate: Path) -> None:
+    """Makes a server that was not started yet speak TLS, with the key and certificate of one file."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+
+
 def certificate(folder: Path) -> Path:
-    """A key and a certificate for 127.0.0.1 that vouches for itself."""
+    """`both.pem`, a key and a certificate for 127.0.0.1, and `ca.pem`, that of who vouches for it."""
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
 
-    key = ec.generate_private_key(ec.SECP256R1())
-    name, now = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, folder.name)]), datetime.now(UTC)
-    signed = (
-        x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - timedelta(hours=1)).not_valid_after(now + timedelta(hours=1))
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(key, hashes.SHA256())
-    )  # fmt: skip
+    def signed(name: str, subject: ec.EllipticCurvePrivateKey, by: ec.EllipticCurvePrivateKey, ca: bool) -> bytes:
+        now, called = datetime.now(UTC), [x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, word)])
+                                          for word in (name, f"{folder.name} authority")]  # fmt: skip
+        made = (
+            x509.CertificateBuilder().subject_name(called[0]).issuer_name(called[1]).public_key(subject.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - timedelta(hours=1)).not_valid_after(now + timedelta(hours=1))
+            .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), critical=False)
+            .add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
+            .sign(by, hashes.SHA256())
+        )  # fmt: skip
+        return made.public_bytes(serialization.Encoding.PEM)
+
+    authority, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
     folder.mkdir()
     plain = serialization.NoEncryption()
     pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, plain)
-    (folder / "both.pem").write_bytes(pem + signed.public_bytes(serialization.Encoding.PEM))
-    (folder / "ca.pem").write_bytes(signed.public_bytes(serialization.Encoding.PEM))
+    (folder / "both.pem").write_bytes(pem + signed(folder.name, key, authority, ca=False))
+    (folder / "ca.pem").write_bytes(signed(f"{folder.name} authority", authority, authority, ca=True))
     return folder
 
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +17,7 @@ from launcher.errors import DataError, InfrastructureError, LaunchError, SiteErr
 from launcher.s3 import forget_s3_client, s3_client
 from launcher.storage import open_store
 from tests.broken_s3 import BrokenS3
+from tests.scripted import certificate
 from trainers.data.counts import Counts
 from trainers.data.fetch import Bucket
 
@@ -104,6 +106,27 @@ def test_the_endpoint_is_the_one_that_boto3_uses(
     forget_s3_client()
     assert bytes(Bucket("bucket", counts).get("key", "tag", len(WHOLE))) == WHOLE
     assert counted(counts)[2] == 0
+
+
+@pytest.mark.usefixtures("s3")
+def test_the_certificates_that_boto3_trusts_are_trusted(
+    tmp_path: Path, counts: Counts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, other = certificate(tmp_path / "own"), certificate(tmp_path / "other")
+    with BrokenS3(own / "both.pem") as server:
+        server.objects["/bucket/key"] = WHOLE
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+        monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+        monkeypatch.setenv("AWS_CA_BUNDLE", str(own / "ca.pem"))
+        forget_s3_client()
+        assert bytes(Bucket("bucket", counts).get("key", "tag", len(WHOLE))) == WHOLE
+        assert counted(counts) == (1, len(WHOLE), 0)
+        for bundle in (other / "ca.pem", tmp_path / "missing.pem"):
+            monkeypatch.setenv("AWS_CA_BUNDLE", str(bundle))
+            forget_s3_client()
+            with pytest.raises(InfrastructureError, match="SSL validation failed") as raised:
+                Bucket("bucket", counts).get("key", "tag", len(WHOLE))
+            assert "AWS_CA_BUNDLE" in raised.value.hint
 
 
 def test_a_bucket_in_another_region_is_found_once(broken: BrokenS3, counts: Counts) -> None:

@@ -6,10 +6,11 @@ import os
 import socket
 import subprocess
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import boto3
 import pytest
 
 from launcher.errors import DataError, InfrastructureError, SiteError, UserError
@@ -258,6 +259,34 @@ def test_credentials_that_are_not_accepted_are_a_site_error(strict_s3: str) -> N
     with pytest.raises(SiteError, match="InvalidAccessKeyId") as raised:
         list(open_store(strict_s3).list())
     assert "AWS_PROFILE" in raised.value.hint
+
+
+@pytest.mark.parametrize(
+    ("act", "needed"),
+    [
+        (lambda store, _: store.read("key"), "s3:GetObject and s3:ListBucket"),
+        (lambda store, _: list(store.list()), "s3:ListBucket"),
+        (lambda store, _: store.write("key", b"data"), "s3:PutObject"),
+        (lambda store, path: store.upload("key", path), "s3:PutObject"),
+        (lambda store, _: store.delete("key"), "s3:DeleteObject"),
+    ],
+    ids=["read", "list", "write", "upload", "delete"],
+)
+def test_who_is_refused_is_told_which_permission_is_needed(
+    bucket: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, tmp_path: Path,
+    act: Callable[[Store, Path], object], needed: str,
+) -> None:  # fmt: skip
+    iam, name = boto3.client("iam"), tmp_path.name
+    iam.create_user(UserName=name)
+    key = iam.create_access_key(UserName=name)["AccessKey"]
+    (tmp_path / "file").write_bytes(b"data")
+    request.getfixturevalue("strict_s3")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", key["AccessKeyId"])
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", key["SecretAccessKey"])
+    forget_s3_client()
+    with pytest.raises(SiteError, match="refuses access") as raised:
+        act(open_store(bucket), tmp_path / "file")
+    assert f"need {needed} on " in raised.value.hint
 
 
 def test_without_credentials_requests_are_unsigned(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -154,6 +154,6 @@ def test_the_authority_of_the_kubeconfig_is_trusted_and_no_other(
         assert connect(right).version() == "v1"
         error = failure(connect(wrong).version)
         assert str(error) == ("here/team: the certificate of the API server is not trusted: "
-                              "self-signed certificate")  # fmt: skip
+                              "unable to get local issuer certificate")  # fmt: skip
         assert error.hint == "fetch the kubeconfig anew"
         assert len(server.asked) == 1, "what is not trusted is told nothing"

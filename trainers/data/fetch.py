@@ -1,9 +1,9 @@
 """Objects of a bucket and ranges of them, fetched by many threads at once with little CPU: what a cache is filled by.
 
 It asks by obstore, whose requests hold no Python lock and cost about an eighth of boto3's CPU time. Credentials,
-endpoint and region are those of the process's boto3 client, and what obstore does not get, boto3 is asked for once
-more: its patience, and what a failure is called, are the same for all that reads S3. Nothing is kept, and nothing
-decoded.
+endpoint, region and trusted certificates are those of the process's boto3 client, and what obstore does not get, boto3
+is asked for once more: its patience, and what a failure is called, are the same for all that reads S3. Nothing is kept,
+and nothing decoded.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import threading
 import time
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -23,7 +24,7 @@ from trainers.data.spaces import Spaces
 
 if TYPE_CHECKING:
     from obstore import GetOptions
-    from obstore.store import S3Credential
+    from obstore.store import ClientConfig, S3Credential
     from obstore.store import S3Store as Client
 
 RETRIES = 4
@@ -122,16 +123,21 @@ class Bucket:
             # Whether the name of the bucket goes into that of the host depends on both, and on the user's settings.
             example = boto.generate_presigned_url("get_object", Params={"Bucket": self.name, "Key": "key"})
             credentials = boto._get_credentials()
+            trusted = boto._endpoint.http_session._verify
         in_host = not urlsplit(example).path.endswith(f"/{self.name}/key")
         if in_host:
             endpoint = endpoint.replace("://", f"://{self.name}.", 1)
+        more: ClientConfig = {}
+        if isinstance(trusted, str):  # AWS_CA_BUNDLE, or ca_bundle of the profile
+            with suppress(OSError):  # boto3 is asked next, and says what is wrong with it
+                more["root_certificate"] = Path(trusted).read_bytes()
         # All is said, so that obstore takes nothing of it from the environment in its own way.
         return Client(
             self.name, region=region, endpoint=endpoint, aws_endpoint_url_s3=endpoint,
             virtual_hosted_style_request=in_host, skip_signature=credentials is None,
             credential_provider=_Credentials(credentials) if credentials else None,
             client_options={"allow_http": endpoint.startswith("http://"), "connect_timeout": timedelta(seconds=5),
-                            "read_timeout": self._patience, "timeout": 10 * self._patience},
+                            "read_timeout": self._patience, "timeout": 10 * self._patience, **more},
             retry_config={"max_retries": RETRIES, "retry_timeout": 2 * self._patience,
                           "backoff": {"init_backoff": SHORTEST, "max_backoff": LONGEST, "base": 2}},
         )  # fmt: skip
