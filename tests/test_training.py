@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import threading
 from pathlib import Path
@@ -89,6 +91,29 @@ def test_a_run_on_s3_equals_the_run_on_disk(undisturbed: Run, bucket: str) -> No
     local = {entry.key for entry in undisturbed.store.list()}
     remote = {entry.key.removesuffix(".000001") for entry in run.store.list()}
     assert remote == local
+
+
+def test_the_metrics_tell_what_each_epoch_asked_of_s3_and_decoded(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAYLAUNCH_CACHE", str(tmp_path / "cache"))
+    store, size = open_store(f"{bucket}/data"), 0
+    for number in range(40):
+        file = io.BytesIO()
+        Image.effect_noise((40, 32), 10 + number).save(file, "PNG")
+        store.write(f"{'even' if number % 2 == 0 else 'odd'}/{number:02}.png", file.getvalue())
+        size += len(file.getvalue())
+    run = new_run(tmp_path, data__uri=f"{bucket}/data", train__batch_size=8)
+    assert drive(run) == 0
+
+    first, second = (epoch["data"] for epoch in run.metrics()["epochs"])
+    amounts = ["images", "requests", "bytes", "decoded", "files_held", "pixels_held"]
+    assert [first[name] for name in amounts] == [40, 40, size, 40, 0, 0]
+    assert [second[name] for name in amounts] == [40, 0, 0, 0, 0, 40]
+    rows = list(csv.DictReader(io.StringIO(run.store.read("metrics.csv").decode())))
+    assert [[row[f"data_{name}"] for name in amounts] for row in rows] == [
+        ["40", "40", str(size), "40", "0", "0"], ["40", "0", "0", "0", "0", "40"],
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

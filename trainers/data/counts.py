@@ -47,7 +47,7 @@ class Counts:
 
 def total(parts: Iterable[dict[str, float]]) -> dict[str, float]:
     """The sums of several ranks together."""
-    sums = dict.fromkeys(FIELDS, 0.0)
+    sums: dict[str, float] = dict.fromkeys(FIELDS, 0)  # what is counted in whole numbers stays so
     for part in parts:
         for name, amount in part.items():
             sums[name] += amount
