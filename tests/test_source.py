@@ -120,6 +120,17 @@ def test_without_room_only_what_is_needed_is_fetched(bucket: str, tmp_path: Path
     assert source.counts.so_far()["bytes"] == index.table["size"].to_numpy()[wanted].sum()
 
 
+def test_what_is_on_its_way_when_the_last_group_is_drawn_is_not_asked_for_again(bucket: str, tmp_path: Path) -> None:
+    objects(bucket)
+    source = Source(build_index(Data(uri=bucket)), tmp_path, budget=0)
+    rows = np.arange(COUNT)
+    for _ in range(2):
+        drawn = list(source.ahead(np.array_split(rows, 5), lambda group: group))
+        assert len(files(source, np.concatenate(drawn).tolist())) == COUNT
+    seen = source.counts.so_far()
+    assert (seen["requests"], seen["files_held"]) == (2 * COUNT, 0)
+
+
 def test_closing_what_is_ahead_leaves_a_source_that_reads(bucket: str, tmp_path: Path) -> None:
     objects(bucket)
     index = build_index(Data(uri=bucket))

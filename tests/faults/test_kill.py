@@ -88,20 +88,6 @@ def kill(run: Run, times: int, victim: Callable[[int], psutil.Process | None], c
     return killed
 
 
-def test_a_run_whose_process_is_killed_ends_as_if_nothing_had_happened(tmp_path: Path) -> None:
-    local, chance = backend(find_pool("local")), random.Random(1)
-    whole = new_run(tmp_path, "whole", **SETTINGS)
-    local.submit(whole)
-    finish(local, whole)
-    broken = new_run(tmp_path, "broken", **SETTINGS)
-    local.submit(broken)
-    killed = kill(broken, 1, lambda _: driver_of(broken), chance)
-    finish(local, broken)
-    assert killed == 1
-    assert weights(broken) == weights(whole)
-    assert broken.metrics()["final"] == whole.metrics()["final"]
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize(("workers", "kills"), [(1, 20), (2, 6)])

@@ -104,10 +104,13 @@ class Source:
     def ahead(self, groups: Iterable[Group], rows: Callable[[Group], Rows]) -> Generator[Group, None, None]:
         """The groups, in order, each once the files of those after it are on their way. For one caller at a time.
 
+        What is on its way when the last group is drawn comes for those who read it. Closed before that, it ends.
+
         Args:
             groups: whatever the caller reads together.
             rows: the rows whose files a group needs, int64 [n]; called when the group is drawn.
         """
+        self._forget()
         waiting: deque[tuple[Group, int]] = deque()
         total = 0
         try:
@@ -121,10 +124,9 @@ class Source:
                     yield group
             while waiting:
                 yield waiting.popleft()[0]
-        finally:
-            for flight in self._flights.values():
-                flight.cancel()
-            self._flights.clear()
+        except BaseException:
+            self._forget()
+            raise
 
     def close(self) -> None:
         """Ends what is on its way."""
@@ -137,6 +139,12 @@ class Source:
         return chunks_of(self.index)
 
     # -- what is on its way
+
+    def _forget(self) -> None:
+        """Ends what nobody has asked for yet."""
+        for flight in list(self._flights.values()):
+            flight.cancel()
+        self._flights.clear()
 
     def _start(self, rows: Rows) -> int:
         """Sends for the files of these rows that are not at hand; returns their bytes."""
