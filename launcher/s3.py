@@ -271,12 +271,10 @@ class s3_errors:
     def _not_sent(self, error: Exception) -> LaunchError:
         from botocore.exceptions import BotoCoreError
 
-        name = type(error).__name__
+        name, said = type(error).__name__, " ".join(str(error).split())
         if name in ("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ProfileNotFound"):
             return SiteError(str(error), where=self.where, hint="set AWS_PROFILE, or run aws configure")
         if name == "ParamValidationError" or not isinstance(error, BotoCoreError):
-            return UserError(" ".join(str(error).split()), where=self.where, hint="write s3://bucket/prefix")
+            return UserError(said, where=self.where, hint="write s3://bucket/prefix")
         settings = "AWS_ENDPOINT_URL and AWS_CA_BUNDLE" if name == "SSLError" else "AWS_ENDPOINT_URL"
-        return InfrastructureError(
-            " ".join(str(error).split()), where=self.where, hint=f"check the network and {settings}"
-        )
+        return InfrastructureError(said, where=self.where, hint=f"check the network and {settings}")
